@@ -1,0 +1,187 @@
+"""How ``fastris._C`` is built: one abi3 module over LibTorch's stable ABI, with CUDA where nvcc is found.
+
+torch is never imported here: its headers and ``libtorch`` are found by path, so a CPU-only torch serves for CUDA too.
+
+    FASTRIS_CUDA=1      fail where the CUDA sources cannot be built        =0  leave them out
+    FASTRIS_CUDA_ARCHS  architectures, by default 8.0;9.0+PTX
+    FASTRIS_SANITIZE=1  build for AddressSanitizer and UndefinedBehaviorSanitizer
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+from pathlib import Path
+
+from setuptools import Extension
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent.parent
+SOURCES = Path("csrc")
+TORCH_TARGET_VERSION = "0x020a000000000000"
+PYTHON_LIMITED_API = "0x030a0000"
+DEFAULT_ARCHS = "8.0;9.0+PTX"
+BUILDING = {"bdist_wheel", "build", "build_ext", "editable_wheel", "install"}
+
+
+def native_extensions() -> list[Extension]:
+    """``fastris._C``, or nothing with one warning where there is no way to compile it."""
+    reason = _why_not()
+    if reason:
+        if BUILDING & set(sys.argv):
+            print(
+                f"\nWARNING: fastris is installed without its native operators: {reason}. "
+                "The reference back end serves instead; `fastris info` says what that means.\n",
+                file=sys.stderr,
+            )
+        return []
+    sources = [*SOURCES.glob("*.cpp"), *SOURCES.glob("cpu/*.cpp")]
+    return [
+        Extension(
+            "fastris._C",
+            sources=sorted(map(str, sources)),
+            depends=sorted(map(str, [*SOURCES.glob("*.h"), *SOURCES.glob("cuda/*.cu")])),
+            language="c++",
+            py_limited_api=True,
+        )
+    ]
+
+
+def _why_not() -> str | None:
+    if _torch_root() is None:
+        return "torch is not visible to the build (install torch first, or build with isolation)"
+    with tempfile.TemporaryDirectory() as directory:
+        source = Path(directory, "probe.cpp")
+        source.write_text("#include <Python.h>\n#include <vector>\nint main() { return 0; }\n")
+        include = f"-I{sysconfig.get_path('include')}"
+        command = [*_compiler(), "-std=c++17", include, "-c", str(source), "-o", f"{source}.o"]
+        try:
+            probe = subprocess.run(command, capture_output=True, text=True)
+        except OSError as error:
+            return f"no C++ compiler ({command[0]}: {error.strerror})"
+    if probe.returncode:
+        lines = probe.stderr.strip().splitlines() or [f"exit code {probe.returncode}"]
+        return f"no working C++ compiler ({command[0]}: {lines[0]})"
+    return None
+
+
+def _torch_root() -> Path | None:
+    spec = importlib.util.find_spec("torch")
+    locations = spec.submodule_search_locations if spec else None
+    root = Path(locations[0]) if locations else None
+    return root if root and (root / "include/torch/csrc/stable/library.h").is_file() else None
+
+
+def _compiler() -> list[str]:
+    named = os.environ.get("CXX")
+    if named:
+        return shlex.split(named)
+    return [next((name for name in ("c++", "g++", "clang++") if shutil.which(name)), "c++")]
+
+
+def _nvcc() -> str | None:
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    beside = [str(Path(home, "bin"))] if home else []
+    for path in (*beside, None, "/usr/local/cuda/bin"):
+        found = shutil.which("nvcc", path=path)
+        if found:
+            return found
+    return None
+
+
+def _cuda_root(nvcc: str) -> Path:
+    """The toolkit nvcc itself uses: the file on PATH may be a wrapper elsewhere."""
+    dry = subprocess.run([nvcc, "--dryrun", "-x", "cu", "-c", os.devnull], capture_output=True, text=True)
+    for line in dry.stderr.splitlines():
+        name, _, value = line.removeprefix("#$ ").partition("=")
+        if name == "TOP":
+            return Path(value).resolve()
+    raise RuntimeError(f"{nvcc} does not say where its toolkit is: {dry.stderr.strip()[:200]}")
+
+
+def _gencode(archs: str) -> list[str]:
+    flags = []
+    for arch in archs.replace(" ", ";").split(";"):
+        number = arch.removesuffix("+PTX").replace(".", "")
+        if number:
+            flags.append(f"-gencode=arch=compute_{number},code=sm_{number}")
+        if arch.endswith("+PTX"):
+            flags.append(f"-gencode=arch=compute_{number},code=compute_{number}")
+    return flags
+
+
+class BuildNative(build_ext):
+    """Compile the C++ and CUDA sources with one set of flags and link them against ``libtorch`` alone."""
+
+    def build_extension(self, ext: Extension) -> None:
+        torch_root = _torch_root()
+        assert torch_root is not None  # native_extensions() has looked
+        build = Path(self.build_temp).resolve()
+        build.mkdir(parents=True, exist_ok=True)
+        includes = [f"-I{ROOT / SOURCES}", f"-isystem{torch_root / 'include'}"]
+        python = f"-isystem{sysconfig.get_path('include')}"
+        defines = [f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}", f"-DPy_LIMITED_API={PYTHON_LIMITED_API}"]
+        flags = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off"]
+        flags += ["-Wall", "-Wextra", "-Werror", "-DNDEBUG"]
+        link: list[str] = []
+        if os.environ.get("FASTRIS_SANITIZE") == "1":
+            sanitize = ["-fsanitize=address,undefined", "-fno-omit-frame-pointer"]
+            flags += [*sanitize, "-fno-sanitize-recover=all", "-O1", "-g"]
+            link += sanitize
+
+        objects, cuda_root, archs = self._cuda_objects(build, includes, defines)
+        if cuda_root:
+            defines += [f'-DFASTRIS_CUDA_ARCHS="{archs}"']
+            link += [f"-L{cuda_root / 'lib64'}", "-lcudart_static", "-ldl", "-lrt", "-lpthread"]
+        for source in ext.sources:
+            target = build / (Path(source).as_posix().replace("/", "_") + ".o")
+            self._run([*_compiler(), *flags, *defines, *includes, python, "-c", source, "-o", str(target)])
+            objects.append(target)
+
+        # libtorch.so itself must be a dependency: it brings libtorch_cuda where there is one, and with it the
+        # symbols that csrc/stable_abi.h declares weak.
+        if sys.platform == "darwin":
+            link += ["-undefined", "dynamic_lookup"]
+        else:
+            link += [f"-L{torch_root / 'lib'}", "-Wl,--no-as-needed", "-ltorch", "-Wl,--exclude-libs,ALL"]
+        output = Path(self.get_ext_fullpath(ext.name))
+        output.parent.mkdir(parents=True, exist_ok=True)
+        self._run([*_compiler(), "-shared", *map(str, objects), *link, "-o", str(output)])
+
+    def _cuda_objects(
+        self, build: Path, includes: list[str], defines: list[str]
+    ) -> tuple[list[Path], Path | None, str]:
+        wanted = os.environ.get("FASTRIS_CUDA", "auto")
+        archs = os.environ.get("FASTRIS_CUDA_ARCHS", DEFAULT_ARCHS)
+        nvcc = _nvcc()
+        if wanted == "0" or os.environ.get("FASTRIS_SANITIZE") == "1":
+            return [], None, ""
+        if nvcc is None:
+            if wanted == "1":
+                raise SystemExit("FASTRIS_CUDA=1, but no nvcc: put it on PATH or set CUDA_HOME")
+            return [], None, ""
+        flags = ["-std=c++17", "-O3", "--fmad=false", "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall,-Wextra,-Werror"]
+        flags += ["-Werror=all-warnings", "-DNDEBUG", *_gencode(archs)]
+        objects = []
+        try:
+            root = _cuda_root(nvcc)
+            for source in sorted((ROOT / SOURCES).glob("cuda/*.cu")):
+                target = build / f"cuda_{source.stem}.cu.o"
+                self._run([nvcc, *flags, *defines, *includes, "-c", str(source), "-o", str(target)])
+                objects.append(target)
+        except (OSError, RuntimeError, subprocess.CalledProcessError) as error:
+            if wanted == "1":
+                raise SystemExit(f"FASTRIS_CUDA=1, but the CUDA sources do not build: {error}") from error
+            print(f"\nWARNING: fastris is built without its CUDA kernels: {error}\n", file=sys.stderr)
+            return [], None, ""
+        return objects, root, archs
+
+    def _run(self, command: list[str]) -> None:
+        print(shlex.join(command), flush=True)
+        subprocess.run(command, check=True, cwd=ROOT)

@@ -1,0 +1,1 @@
+"""Triton kernels with their configuration tables; importing a module here imports Triton."""
