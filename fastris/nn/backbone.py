@@ -1,0 +1,60 @@
+"""Fully convolutional feature networks."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def _conv_block(in_channels: int, out_channels: int, stride: int = 1) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(in_channels, out_channels, 3, stride=stride, padding=1, bias=False),
+        nn.GroupNorm(8, out_channels),
+        nn.ReLU(inplace=True),
+    )
+
+
+class SmallFCN(nn.Module):
+    """A small fully convolutional network: down to stride 16 and back up with skips.
+
+    Args:
+        channels: widths at strides 2, 4, 8 and 16, multiples of 8.
+        out_channels: channels of the returned features.
+        stride: stride of the returned features, 2 or 4.
+
+    Returns from ``forward(images)``, images (B, 3, H, W) with H and W multiples of 16:
+        ``(features, detail)``: (B, out_channels + 2, H/stride, W/stride), the last two channels being the
+        normalised x and y coordinate, and (B, channels[0], H/2, W/2).
+    """
+
+    def __init__(self, channels: tuple[int, int, int, int], out_channels: int, stride: int) -> None:
+        super().__init__()
+        self.stem = _conv_block(3, channels[0], stride=2)
+        self.stem_refine = _conv_block(channels[0], channels[0])
+        self.down = nn.ModuleList(
+            nn.Sequential(_conv_block(channels[k], channels[k + 1], stride=2), _conv_block(channels[k + 1], channels[k + 1]))
+            for k in range(3)
+        )
+        self.lateral = nn.ModuleList(nn.Conv2d(channels[k + 1], channels[k], 1) for k in range(3))
+        self.fuse = nn.ModuleList(_conv_block(channels[k], channels[k]) for k in range(3))
+        self.project = nn.Conv2d(channels[0 if stride == 2 else 1], out_channels, 1)
+        self.stride = stride
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        maps = [self.stem_refine(self.stem(images))]  # strides 2, 4, 8, 16
+        for down in self.down:
+            maps.append(down(maps[-1]))
+        for k in (2, 1, 0):
+            above = F.interpolate(self.lateral[k](maps[k + 1]), size=maps[k].shape[-2:], mode="nearest")
+            maps[k] = self.fuse[k](maps[k] + above)
+        features = self.project(maps[0] if self.stride == 2 else maps[1])
+        return torch.cat([features, coordinates(features)], dim=1), maps[0]
+
+
+def coordinates(like: Tensor) -> Tensor:
+    """The x and y coordinate of every cell, −1 … 1 over the map: (B, 2, H, W) for ``like`` (B, ·, H, W)."""
+    batch, _, height, width = like.shape
+    y = torch.linspace(-1, 1, height, device=like.device, dtype=like.dtype).view(1, 1, height, 1)
+    x = torch.linspace(-1, 1, width, device=like.device, dtype=like.dtype).view(1, 1, 1, width)
+    return torch.cat([x.expand(batch, 1, height, width), y.expand(batch, 1, height, width)], dim=1)

@@ -1,0 +1,71 @@
+"""What a model is made of."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from fastris.errors import InputError
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The architecture of a :class:`~fastris.nn.RecurrentInstanceSegmenter`.
+
+    Attributes:
+        feature_channels: channels of the image features that enter the ConvLSTM at every step.
+        backbone_channels: widths of the feature network at strides 2, 4, 8 and 16.
+        hidden_channels: channels of each ConvLSTM layer.
+        layers: number of ConvLSTM layers.
+        kernel_size: ConvLSTM kernel, odd.
+        recurrent_stride: pixels per cell of the recurrent maps, 2 or 4.
+        mask_head: ``"inhibition"`` is the paper's head: 1×1 conv, log-softmax over the map, one learned scalar,
+            sigmoid. ``"dynamic"`` uses that same spatial softmax to choose *where* the next object is, and draws
+            the object at stride 2 with a small filter generated from what is there (conditional convolutions,
+            Tian et al., ECCV 2020).
+        inhibition_init: start value of the learned scalar (the released code's is 1).
+        confidence_pool: the confidence head sees the recurrent state max-pooled to a grid of this side.
+            0 means unpooled, as in the released plants network: it then needs ``confidence_map``.
+        confidence_map: (height, width) of the recurrent map of the unpooled confidence head, else None.
+        feedback: feed the union of the masks and of the places so far back into the first ConvLSTM layer.
+        max_steps: the most objects that ``predict`` looks for in one image.
+    """
+
+    feature_channels: int = 48
+    backbone_channels: tuple[int, int, int, int] = (24, 48, 64, 96)
+    hidden_channels: int = 32
+    layers: int = 2
+    kernel_size: int = 3
+    recurrent_stride: int = 4
+    mask_head: str = "dynamic"
+    inhibition_init: float = 6.0
+    confidence_pool: int = 2
+    confidence_map: tuple[int, int] | None = None
+    feedback: bool = True
+    max_steps: int = 60
+
+    def __post_init__(self) -> None:
+        if self.mask_head not in ("inhibition", "dynamic"):
+            raise InputError(f"mask_head: expected 'inhibition' or 'dynamic', got {self.mask_head!r}")
+        if self.recurrent_stride not in (2, 4):
+            raise InputError(f"recurrent_stride: expected 2 or 4, got {self.recurrent_stride}")
+        if self.kernel_size % 2 == 0:
+            raise InputError(f"kernel_size: expected an odd number, got {self.kernel_size}")
+        if self.confidence_pool == 0 and self.confidence_map is None:
+            raise InputError("confidence_map: an unpooled confidence head needs the size of its map")
+        for name in ("feature_channels", "hidden_channels", "layers", "max_steps"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name}: expected at least 1, got {getattr(self, name)}")
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> ModelConfig:
+        """Build from a JSON-like dict; unknown keys raise an :class:`~fastris.errors.InputError`."""
+        known = {field.name for field in fields(cls)}
+        unknown = sorted(set(values) - known)
+        if unknown:
+            raise InputError(f"model configuration: unknown {', '.join(unknown)}; known: {', '.join(sorted(known))}")
+        return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as JSON-able values."""
+        return asdict(self)

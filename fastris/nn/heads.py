@@ -1,0 +1,119 @@
+"""What is read off the recurrent state at each step: a place, a mask, a confidence.
+
+B = batch, C = hidden channels, h × w = recurrent map.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class SpatialInhibition(nn.Module):
+    """The paper's mask head: 1×1 convolution, log-softmax over the whole map, plus one learned scalar.
+
+    All places compete for the one object of this step. ``forward((B, C, h, w))`` gives mask logits (B, h, w)
+    and the log-probabilities (B, h, w) of the softmax; the mask is the sigmoid of the logits.
+
+    Source: Romera-Paredes & Torr, ECCV 2016, section 3.2; the scalar starts at 1 in the released code.
+    """
+
+    def __init__(self, channels: int, init: float = 1.0) -> None:
+        super().__init__()
+        self.project = nn.Conv2d(channels, 1, 1)
+        self.scalar = nn.Parameter(torch.tensor(float(init)))
+
+    def forward(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        log_place = spatial_log_softmax(self.project(hidden).squeeze(1))
+        return log_place + self.scalar, log_place
+
+
+class DynamicMaskHead(nn.Module):
+    """Choose a place by spatial softmax, then draw the object that is there.
+
+    What the softmax attends to is averaged to one vector per image, which becomes the weights of a filter of two
+    1×1 layers over detail features and coordinates relative to the attended place.
+
+    ``forward(hidden, features, detail)`` takes (B, C, h, w), (B, F, h, w) and (B, D, h', w') and gives mask logits
+    (B, h', w') and the log-probabilities (B, h, w) of the place.
+
+    Source of the filter: Tian, Shen & Chen, *Conditional Convolutions for Instance Segmentation*, ECCV 2020.
+    """
+
+    width = 8
+    radius = 16.0  # cells of the detail map per unit of the relative coordinates
+
+    def __init__(self, channels: int, feature_channels: int, detail_channels: int) -> None:
+        super().__init__()
+        inner = 32
+        self.place = nn.Sequential(nn.Conv2d(channels + feature_channels, inner, 1), nn.ReLU(inplace=True), nn.Conv2d(inner, 1, 1))
+        self.describe = nn.Sequential(
+            nn.Linear(channels + feature_channels, 2 * inner), nn.ReLU(inplace=True), nn.Linear(2 * inner, self.num_weights)
+        )
+        self.detail = nn.Conv2d(detail_channels, self.width, 1)
+
+    @property
+    def num_weights(self) -> int:
+        """Size of the generated filter: (width + 3) → width → 1, with biases."""
+        return (self.width + 3) * self.width + self.width + self.width + 1
+
+    def prepare(self, detail: Tensor) -> Tensor:
+        """The part that is the same at every step: (B, D, h', w') → (B, width, h', w')."""
+        return self.detail(detail)
+
+    def forward(self, hidden: Tensor, features: Tensor, detail: Tensor) -> tuple[Tensor, Tensor]:
+        state = torch.cat([hidden, features], dim=1)
+        log_place = spatial_log_softmax(self.place(state).squeeze(1))
+        attention = log_place.exp().flatten(1)  # [B, hw]
+        attended = torch.bmm(state.flatten(2), attention.unsqueeze(2)).squeeze(2)  # [B, C + F]
+        weights = self.describe(attended)
+
+        batch, _, height, width = detail.shape
+        scale = height / hidden.shape[2]
+        grid = _cell_centres(hidden.shape[2], hidden.shape[3], hidden) * scale  # [2, hw], in detail cells
+        centre = attention @ grid.t()  # [B, 2]
+        offset = (_cell_centres(height, width, hidden).unsqueeze(0) - centre.unsqueeze(2)) / self.radius
+        distance = offset.square().sum(1, keepdim=True)
+        inputs = torch.cat([detail.flatten(2), offset, distance], dim=1)  # [B, width + 3, h'w']
+
+        first, bias_first, second, bias_second = weights.split([(self.width + 3) * self.width, self.width, self.width, 1], 1)
+        inner = torch.baddbmm(bias_first.unsqueeze(2), first.view(batch, self.width, self.width + 3), inputs).relu()
+        logits = torch.baddbmm(bias_second.unsqueeze(2), second.unsqueeze(1), inner)
+        return logits.view(batch, height, width), log_place
+
+
+class ConfidenceHead(nn.Module):
+    """The chance that step t found an object: one linear layer over the (pooled) recurrent state.
+
+    Args:
+        channels: C.
+        pool: side of the grid that the state is max-pooled to (2 in the released person network), or 0 for no
+            pooling (the released plants network), which needs ``map_size`` = (h, w).
+        bias: start value of the bias; the released code uses 10, so that it goes on at first.
+
+    ``forward((B, C, h, w))`` gives logits (B,); the confidence is their sigmoid.
+    """
+
+    def __init__(self, channels: int, pool: int, map_size: tuple[int, int] | None = None, bias: float = 1.0) -> None:
+        super().__init__()
+        self.pool = pool
+        cells = pool * pool if pool else map_size[0] * map_size[1] if map_size else 0
+        self.linear = nn.Linear(channels * cells, 1)
+        nn.init.constant_(self.linear.bias, bias)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        pooled = F.adaptive_max_pool2d(hidden, self.pool) if self.pool else hidden
+        return self.linear(pooled.flatten(1)).squeeze(1)
+
+
+def spatial_log_softmax(logits: Tensor) -> Tensor:
+    """Log-softmax over all places of a map: (B, h, w) → (B, h, w)."""
+    return F.log_softmax(logits.flatten(1), dim=1).view_as(logits)
+
+
+def _cell_centres(height: int, width: int, like: Tensor) -> Tensor:
+    """(2, height·width): x and y of the centre of every cell, in cells."""
+    y = torch.arange(height, device=like.device, dtype=like.dtype) + 0.5
+    x = torch.arange(width, device=like.device, dtype=like.dtype) + 0.5
+    return torch.stack([x.repeat(height), y.repeat_interleave(width)])

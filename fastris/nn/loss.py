@@ -1,0 +1,130 @@
+"""The matching loss of recurrent instance segmentation.
+
+B = batch, T = predictions (the paper's n̂), G = most instances in an image of the batch, n = instances of one image.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastris.nn.model import RISOutput
+from fastris.ops.assignment import assignment
+from fastris.ops.soft_iou import soft_iou
+
+
+class Matches(NamedTuple):
+    """Which prediction found which target.
+
+    Attributes:
+        target_of_pred: (B, T) int64 column of each prediction's target, −1 unmatched.
+        iou: (B, T) the soft IoU of each matched pair, 0 where unmatched; carries gradient.
+    """
+
+    target_of_pred: Tensor
+    iou: Tensor
+
+
+class LossTerms(NamedTuple):
+    """Scalars, means over the batch: ``total`` is what to minimise, the others its parts."""
+
+    total: Tensor
+    mask: Tensor
+    confidence: Tensor
+    place: Tensor
+
+
+def match(
+    pred: Tensor,
+    target: Tensor,
+    num_pred: Tensor | None = None,
+    num_target: Tensor | None = None,
+    num_labels: int | None = None,
+    bonus: Tensor | None = None,
+) -> Matches:
+    """Match predicted masks to targets one-to-one so that the total soft IoU is the largest.
+
+    Args:
+        pred, target, num_pred, num_target, num_labels: as in :func:`fastris.soft_iou`.
+        bonus: optional (B, T, G), added to the IoU for the matching alone.
+    """
+    iou = soft_iou(pred, target, num_pred, num_target, num_labels)
+    cost = -iou.detach() if bonus is None else -(iou.detach() + bonus)
+    target_of_pred = assignment(cost.float(), num_pred, num_target).col_of_row
+    return Matches(target_of_pred, take_matched(iou, target_of_pred))
+
+
+def take_matched(values: Tensor, target_of_pred: Tensor) -> Tensor:
+    """(B, T, G) and (B, T) → (B, T): each prediction's value at its target, 0 where it has none."""
+    if values.shape[2] == 0:
+        return values.new_zeros(target_of_pred.shape)
+    taken = values.gather(2, target_of_pred.clamp_min(0).unsqueeze(2)).squeeze(2)
+    return torch.where(target_of_pred >= 0, taken, 0.0)
+
+
+class RISLoss(nn.Module):
+    """``min_δ −Σ IoU(ŷ_t̂, y_t) δ_t̂t + λ Σ BCE([t̂ ≤ n], s_t̂)``, δ one-to-one.
+
+    Args:
+        variant: ``"all"``, the paper: δ ranges over all T predictions. ``"first_n"``, the released code: over the first
+            n, and the later masks get no gradient.
+        confidence_weight: λ, 1 in the paper.
+        place_weight: weight of ``−log p(place on the matched object)``, where p is the spatial softmax. 0 in the paper;
+            above 0 it makes the choice of *which* object now a decision instead of a hedge.
+        per_instance: divide each image's mask and place terms by its n, and its confidence term by T.
+
+    ``forward(output, labels, counts)``: labels (B, H, W) integer with instances 1 … n without gaps, counts (B,) the n.
+
+    Source: Romera-Paredes & Torr, ECCV 2016, eq. 6–8; bernard24/RIS for the variant.
+    """
+
+    def __init__(
+        self, variant: str = "all", confidence_weight: float = 1.0, place_weight: float = 0.0, per_instance: bool = False
+    ) -> None:
+        super().__init__()
+        if variant not in ("all", "first_n"):
+            raise ValueError(f"RISLoss: variant must be 'all' or 'first_n', got {variant!r}")
+        self.variant = variant
+        self.confidence_weight = confidence_weight
+        self.place_weight = place_weight
+        self.per_instance = per_instance
+
+    def forward(self, output: RISOutput, labels: Tensor, counts: Tensor, num_labels: int | None = None) -> LossTerms:
+        steps = output.score_logits.shape[1]
+        if num_labels is None:
+            num_labels = int(counts.max()) if counts.numel() else 0
+        dtype = torch.float64 if output.mask_logits.dtype == torch.float64 else torch.float32
+        logits = F.interpolate(output.mask_logits.to(dtype), size=labels.shape[-2:], mode="bilinear", align_corners=False)
+        num_pred = counts.clamp_max(steps) if self.variant == "first_n" else None
+        on_target = mass = None
+        if self.place_weight:
+            mass = place_on_target(output.log_place.to(dtype), labels, num_labels)
+        matches = match(logits.sigmoid(), labels, num_pred, counts, num_labels, None if mass is None else mass.detach())
+        per_image = counts.clamp_min(1).to(dtype) if self.per_instance else 1.0
+        mask = -(matches.iou.sum(1) / per_image).mean()
+        place = mask.new_zeros(())
+        if mass is not None:
+            on_target = take_matched(mass, matches.target_of_pred)
+            surprise = torch.where(matches.target_of_pred >= 0, -torch.log(on_target + 1e-6), 0.0)
+            place = (surprise.sum(1) / per_image).mean()
+
+        real = torch.arange(steps, device=counts.device) < counts.unsqueeze(1)
+        bce = F.binary_cross_entropy_with_logits(output.score_logits.to(dtype), real.to(dtype), reduction="none")
+        confidence = (bce.mean(1) if self.per_instance else bce.sum(1)).mean()
+        total = mask + self.confidence_weight * confidence + self.place_weight * place
+        return LossTerms(total, mask, confidence, place)
+
+
+def place_on_target(log_place: Tensor, labels: Tensor, num_labels: int) -> Tensor:
+    """The share of each step's spatial softmax that lies on each instance: (B, T, h, w), (B, H, W) → (B, T, G).
+
+    A cell belongs to the highest label among its pixels, so that no instance is too small to have a cell.
+    """
+    height, width = log_place.shape[-2:]
+    cells = F.adaptive_max_pool2d(labels.to(torch.float32), (height, width)).to(labels.dtype)
+    ids = torch.arange(1, num_labels + 1, device=labels.device, dtype=labels.dtype)
+    on_instance = (cells.unsqueeze(1) == ids.view(1, -1, 1, 1)).to(log_place.dtype)
+    return log_place.exp().flatten(2) @ on_instance.flatten(2).transpose(1, 2)

@@ -1,0 +1,257 @@
+"""The recurrent instance segmenter: one object a step, until it is confident that none is left.
+
+B = batch, T = steps, C = hidden channels, h × w = recurrent map, h' × w' = mask map.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastris.instances import Instances
+from fastris.nn.backbone import SmallFCN
+from fastris.nn.config import ModelConfig
+from fastris.nn.convlstm import ConvLSTMCell, State
+from fastris.nn.heads import ConfidenceHead, DynamicMaskHead, SpatialInhibition
+from fastris.ops.lstm_gates import lstm_gates
+from fastris.reference.convlstm import conv2d_same
+
+BACKBONE_STRIDE = 16
+
+
+class RISOutput(NamedTuple):
+    """What T steps found.
+
+    Attributes:
+        mask_logits: (B, T, h', w') whose sigmoid is the mask.
+        score_logits: (B, T) whose sigmoid is the confidence.
+        log_place: (B, T, h, w) log-probabilities of the spatial softmax.
+        stride: pixels per cell of the masks.
+        place_stride: pixels per cell of ``log_place``.
+    """
+
+    mask_logits: Tensor
+    score_logits: Tensor
+    log_place: Tensor
+    stride: int
+    place_stride: int
+
+    @property
+    def masks(self) -> Tensor:
+        """(B, T, h', w') in [0, 1]."""
+        return self.mask_logits.sigmoid()
+
+    @property
+    def scores(self) -> Tensor:
+        """(B, T) in [0, 1]."""
+        return self.score_logits.sigmoid()
+
+
+class _Step(NamedTuple):
+    mask_logits: Tensor
+    score_logits: Tensor
+    log_place: Tensor
+
+
+class _Memory(NamedTuple):
+    """What one step hands to the next."""
+
+    states: list[State] | None
+    found: Tensor | None  # [B, 2, h, w], the union of the masks and of the places so far
+
+
+class _Context(NamedTuple):
+    """What is computed once per image."""
+
+    features: Tensor
+    hoisted: Tensor  # the input half of the first layer's gates
+    detail: Tensor
+
+    def select(self, images: Tensor) -> _Context:
+        return _Context(*(tensor[images] for tensor in self))
+
+
+class RecurrentInstanceSegmenter(nn.Module):
+    """Features once, then a ConvLSTM that finds one object a step, its mask and the confidence that it is one.
+
+    Source: Romera-Paredes & Torr, *Recurrent Instance Segmentation*, ECCV 2016. :class:`ModelConfig` says what each part
+    is and where a choice departs from the paper.
+    """
+
+    def __init__(self, config: ModelConfig | None = None) -> None:
+        super().__init__()
+        self.config = config = config or ModelConfig()
+        self.stride = 2 if config.mask_head == "dynamic" else config.recurrent_stride
+        self.backbone = SmallFCN(config.backbone_channels, config.feature_channels, config.recurrent_stride)
+        features = config.feature_channels + 2
+        inputs = [features + 2 * int(config.feedback)] + [config.hidden_channels] * (config.layers - 1)
+        self.cells = nn.ModuleList(
+            ConvLSTMCell(channels, config.hidden_channels, config.kernel_size, forget_bias=1.0) for channels in inputs
+        )
+        self.mask_head: DynamicMaskHead | SpatialInhibition
+        if config.mask_head == "dynamic":
+            self.mask_head = DynamicMaskHead(config.hidden_channels, features, config.backbone_channels[0])
+        else:
+            self.mask_head = SpatialInhibition(config.hidden_channels, config.inhibition_init)
+        self.confidence_head = ConfidenceHead(config.hidden_channels, config.confidence_pool, config.confidence_map)
+
+    def forward(self, images: Tensor, steps: int) -> RISOutput:
+        """Run a fixed number of steps.
+
+        Args:
+            images: (B, 3, H, W), RGB in [0, 1], any size; the maps cover H and W rounded up to multiples of 16 and are
+                cropped to ceil(H / stride) × ceil(W / stride).
+            steps: T ≥ 1.
+        """
+        height, width = images.shape[-2:]
+        context = self._encode(images)
+        memory = _Memory(None, None)
+        results = []
+        for _ in range(steps):
+            result, memory = self._step(context, memory)
+            results.append(result)
+        masks, scores, places = (torch.stack(parts, dim=1) for parts in zip(*results, strict=True))
+        place_stride = self.config.recurrent_stride
+        return RISOutput(
+            masks[..., : -(-height // self.stride), : -(-width // self.stride)],
+            scores,
+            places[..., : -(-height // place_stride), : -(-width // place_stride)],
+            self.stride,
+            place_stride,
+        )
+
+    def _encode(self, images: Tensor) -> _Context:
+        images = standardize(images)
+        pad_h, pad_w = (-size % BACKBONE_STRIDE for size in images.shape[-2:])
+        features, detail = self.backbone(F.pad(images, (0, pad_w, 0, pad_h)))
+        cell = self.cells[0]
+        hoisted = conv2d_same(features, cell.conv.weight[:, : features.shape[1]], cell.conv.bias)
+        if isinstance(self.mask_head, DynamicMaskHead):
+            detail = self.mask_head.prepare(detail)
+        return _Context(features, hoisted, detail)
+
+    def _step(self, context: _Context, memory: _Memory) -> tuple[_Step, _Memory]:
+        features, hoisted, detail = context
+        states: list[State] = []
+        below = None
+        for k, layer in enumerate(self.cells):
+            previous = memory.states[k] if memory.states is not None else None
+            recurrent = [] if previous is None else [previous[0]]
+            if k == 0:
+                if self.config.feedback and memory.found is not None:
+                    recurrent.insert(0, memory.found)
+                if recurrent:
+                    weight = layer.conv.weight[:, features.shape[1] :]
+                    gates, addend = conv2d_same(torch.cat(recurrent, dim=1), weight), hoisted
+                else:
+                    gates, addend = hoisted, None
+                bias = None  # already in the hoisted part
+            else:
+                weight, bias = layer.conv.weight, layer.conv.bias
+                if previous is None:
+                    weight = weight[:, : below.shape[1]]
+                gates, addend = conv2d_same(torch.cat([below, *recurrent], dim=1), weight), None
+            if previous is None:
+                shape = (gates.shape[0], self.config.hidden_channels, *gates.shape[-2:])
+                cell_prev = torch.zeros(shape, device=gates.device, dtype=torch.promote_types(gates.dtype, torch.float32))
+            else:
+                cell_prev = previous[1]
+            states.append(lstm_gates(gates, cell_prev, addend, bias))
+            below = states[-1][0]
+
+        if isinstance(self.mask_head, DynamicMaskHead):
+            mask_logits, log_place = self.mask_head(below, features, detail)
+        else:
+            mask_logits, log_place = self.mask_head(below)
+        found = None
+        if self.config.feedback:
+            mask = mask_logits.detach().sigmoid().unsqueeze(1)
+            if mask.shape[-2:] != below.shape[-2:]:
+                mask = F.avg_pool2d(mask, self.config.recurrent_stride // self.stride)
+            place = log_place.detach().exp().unsqueeze(1)
+            found = torch.cat([mask, place], dim=1).to(below.dtype)
+            if memory.found is not None:
+                found = torch.maximum(memory.found, found)
+        return _Step(mask_logits, self.confidence_head(below), log_place), _Memory(states, found)
+
+    @torch.inference_mode()
+    def predict(
+        self,
+        image: Any,
+        max_steps: int | None = None,
+        threshold: float = 0.5,
+        mask_threshold: float = 0.5,
+        min_area: int = 4,
+    ) -> Instances | list[Instances]:
+        """Find the objects of one image or of several.
+
+        Args:
+            image: (3, H, W) or (B, 3, H, W) tensor, uint8 or floating in [0, 1]; an (H, W, 3) or (H, W) uint8 array; a PIL
+                image; a path; or a list of these, which gives a list of results.
+            max_steps: the most objects per image; the configuration's where not given.
+            threshold: stop at the first confidence below this (0.5 in the paper).
+            mask_threshold: a pixel belongs to the object where the mask is above this (0.9 in the released code).
+            min_area: an object of fewer pixels is dropped.
+
+        Returns:
+            :class:`~fastris.Instances` in order of finding, or a list of them.
+        """
+        from fastris.nn.inputs import as_images
+
+        images, names, single = as_images(image)
+        limit = max_steps or self.config.max_steps
+        results = []
+        for pixels, name in zip(images, names, strict=True):
+            masks, scores = self._find(pixels.unsqueeze(0), limit, threshold, mask_threshold)[0]
+            keep = masks.flatten(1).sum(1) >= min_area
+            height, width = pixels.shape[-2:]
+            results.append(Instances(masks[keep].numpy(), scores[keep].numpy(), (height, width), name))
+        return results[0] if single else results
+
+    def _find(
+        self, images: Tensor, limit: int, threshold: float, mask_threshold: float
+    ) -> list[tuple[Tensor, Tensor]]:
+        """Per image, masks (N, H, W) bool and scores (N,); an image that has stopped costs nothing more."""
+        height, width = images.shape[-2:]
+        parameter = self.confidence_head.linear.weight
+        context = self._encode(images.to(parameter.device, parameter.dtype))
+        memory = _Memory(None, None)
+        active = torch.arange(images.shape[0])
+        found: list[list[tuple[Tensor, Tensor]]] = [[] for _ in range(images.shape[0])]
+        for _ in range(limit):
+            step, memory = self._step(context, memory)
+            scores = step.score_logits.float().sigmoid().cpu()
+            going = scores >= threshold
+            size = (context.features.shape[-2] * self.config.recurrent_stride, context.features.shape[-1] * self.config.recurrent_stride)
+            chosen = going.nonzero().squeeze(1)
+            if chosen.numel() == 0:
+                break
+            logits = step.mask_logits[chosen.to(step.mask_logits.device)].float().unsqueeze(1)
+            logits = F.interpolate(logits, size=size, mode="bilinear", align_corners=False)
+            masks = (logits.sigmoid() > mask_threshold)[:, 0, :height, :width].cpu()
+            for row, mask in zip(chosen.tolist(), masks, strict=True):
+                found[int(active[row])].append((mask, scores[row]))
+            if chosen.numel() < going.numel():
+                active = active[chosen]
+                rows = chosen.to(step.mask_logits.device)
+                context = context.select(rows)
+                assert memory.states is not None
+                memory = _Memory(
+                    [(hidden[rows], cell[rows]) for hidden, cell in memory.states],
+                    None if memory.found is None else memory.found[rows],
+                )
+        empty = (torch.zeros(0, height, width, dtype=torch.bool), torch.zeros(0))
+        return [
+            (torch.stack([mask for mask, _ in one]), torch.stack([score for _, score in one])) if one else empty
+            for one in found
+        ]
+
+
+def standardize(images: Tensor) -> Tensor:
+    """Zero mean and unit deviation per image, so that dim and bright stains look alike; (B, 3, H, W) both ways."""
+    mean = images.mean(dim=(1, 2, 3), keepdim=True)
+    deviation = (images - mean).square().mean(dim=(1, 2, 3), keepdim=True).sqrt()
+    return (images - mean) / deviation.clamp_min(0.02)

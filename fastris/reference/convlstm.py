@@ -1,0 +1,61 @@
+"""A ConvLSTM layer over a whole sequence."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastris.reference.lstm_gates import lstm_gates
+
+
+def convlstm(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    hidden: Tensor | None = None,
+    cell: Tensor | None = None,
+    steps: int | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Run a ConvLSTM layer: at each step the gates are ``conv([x_t, h_{t−1}], weight) + bias``.
+
+    T = steps, B = batch, Cin = input channels, C = hidden channels.
+
+    Args:
+        x: (T, B, Cin, H, W), or (B, Cin, H, W) for the same input at every step (then ``steps`` is needed).
+        weight: (4C, Cin + C, kh, kw), gate order i, f, o, g; odd kernels keep H and W, and an even kernel
+            is padded by one more at the bottom and right.
+        bias: optional (4C,).
+        hidden, cell: optional initial state, (B, C, H, W) each; zero where not given.
+        steps: T, for an ``x`` of four dimensions.
+
+    Returns:
+        ``(outputs, hidden, cell)``: (T, B, C, H, W) and the last state, (B, C, H, W) each.
+    """
+    if x.dim() == 4:
+        if steps is None:
+            raise ValueError("convlstm: steps must be given with a constant input x of shape (B, Cin, H, W)")
+        sequence = [x] * steps
+    else:
+        sequence = list(x.unbind(0))
+    channels = weight.shape[0] // 4
+    batch, _, height, width = sequence[0].shape if sequence else x.shape[1:]
+    state_shape = (batch, channels, height, width)
+    hidden = x.new_zeros(state_shape) if hidden is None else hidden
+    cell = x.new_zeros(state_shape) if cell is None else cell
+    outputs = []
+    for x_t in sequence:
+        gates = conv2d_same(torch.cat([x_t, hidden], dim=1), weight)
+        hidden, cell = lstm_gates(gates, cell, bias=bias)
+        outputs.append(hidden)
+    stacked = torch.stack(outputs) if outputs else x.new_zeros((0, *state_shape))
+    return stacked, hidden, cell
+
+
+def conv2d_same(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Stride-1 convolution that keeps H and W; an even kernel is padded by one more at the bottom and right."""
+    kernel_h, kernel_w = weight.shape[-2:]
+    if kernel_h % 2 and kernel_w % 2:
+        return F.conv2d(x, weight, bias, padding=(kernel_h // 2, kernel_w // 2))
+    top, left = (kernel_h - 1) // 2, (kernel_w - 1) // 2
+    return F.conv2d(F.pad(x, (left, kernel_w - 1 - left, top, kernel_h - 1 - top)), weight, bias)

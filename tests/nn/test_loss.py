@@ -1,0 +1,113 @@
+"""The matching loss against exhaustive search over all matchings, and its gradient."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+import torch
+
+from fastris import RISLoss, soft_iou
+from fastris.nn import RISOutput, match
+from fastris.nn.loss import place_on_target
+
+
+def make_output(batch, steps, size=6, dtype=torch.float64):
+    place = torch.randn(batch, steps, size, size, dtype=dtype)
+    return RISOutput(
+        mask_logits=torch.randn(batch, steps, size, size, dtype=dtype, requires_grad=True),
+        score_logits=torch.randn(batch, steps, dtype=dtype, requires_grad=True),
+        log_place=place.flatten(2).log_softmax(2).view_as(place).requires_grad_(),
+        stride=1,
+        place_stride=1,
+    )
+
+
+def labels_of(batch, size=6):
+    """Images with 0, 1, 2, 3 … instances, a row of pixels each."""
+    labels = torch.zeros(batch, size, size, dtype=torch.int64)
+    for b in range(batch):
+        for k in range(1, b + 1):
+            labels[b, k - 1, : k + 2] = k
+    return labels, torch.arange(batch)
+
+
+def brute_force(output, labels, counts, variant):
+    """Equation 6 by trying every one-to-one δ."""
+    totals = []
+    for b in range(labels.shape[0]):
+        n, steps = int(counts[b]), output.score_logits.shape[1]
+        usable = min(n, steps) if variant == "first_n" else steps
+        masks = torch.stack([labels[b] == k for k in range(1, n + 1)]).double() if n else torch.zeros(0, 6, 6).double()
+        iou = soft_iou(output.mask_logits[b : b + 1].sigmoid(), masks.unsqueeze(0))[0]
+        pairs = min(usable, n)
+        best = 0.0
+        if pairs:
+            best = max(
+                sum(iou[r, c].item() for r, c in zip(rows, columns, strict=True))
+                for rows in itertools.combinations(range(usable), pairs)
+                for columns in itertools.permutations(range(n), pairs)
+            )
+        scores = output.score_logits[b].sigmoid().tolist()
+        bce = sum(-math.log(s) if t < n else -math.log(1 - s) for t, s in enumerate(scores))
+        totals.append(-best + bce)
+    return sum(totals) / len(totals)
+
+
+@pytest.mark.parametrize("variant", ["all", "first_n"])
+@pytest.mark.parametrize("steps", [1, 2, 5])
+def test_is_the_minimum_over_all_matchings(variant, steps):
+    output, (labels, counts) = make_output(4, steps), labels_of(4)
+    loss = RISLoss(variant)(output, labels, counts)
+    assert loss.total.item() == pytest.approx(brute_force(output, labels, counts, variant), rel=1e-9)
+
+
+def test_first_n_leaves_later_masks_without_gradient_and_all_does_not():
+    output, (labels, counts) = make_output(2, 4), labels_of(2)
+    with torch.no_grad():  # the last step finds the only instance of image 1 exactly
+        output.mask_logits[1, 3] = torch.where(labels[1] == 1, 20.0, -20.0) + 0.1
+        output.mask_logits[1, :3] = -3.0
+    RISLoss("first_n")(output, labels, counts).mask.backward()
+    assert output.mask_logits.grad[1, 0].abs().sum() > 0 and output.mask_logits.grad[1, 1:].abs().sum() == 0
+    assert match(output.mask_logits.sigmoid(), labels, None, counts).target_of_pred[1].tolist() == [-1, -1, -1, 0]
+
+
+@pytest.mark.parametrize("variant", ["all", "first_n"])
+@pytest.mark.parametrize("place_weight", [0.0, 0.5])
+def test_gradients_through_the_whole_loss_in_fp64(variant, place_weight):
+    output, (labels, counts) = make_output(3, 3), labels_of(3)
+    criterion = RISLoss(variant, place_weight=place_weight)
+
+    def total(*tensors):
+        return criterion(RISOutput(*tensors, stride=1, place_stride=1), labels, counts).total
+
+    assert torch.autograd.gradcheck(total, (output.mask_logits, output.score_logits, output.log_place))
+
+
+def test_masks_at_a_stride_are_compared_at_full_resolution():
+    labels = torch.zeros(1, 8, 8, dtype=torch.int64)
+    labels[:, :, :4] = 1
+    output = make_output(1, 1, size=4)._replace(
+        mask_logits=torch.where(torch.arange(4) < 2, 30.0, -30.0).double().expand(1, 1, 4, 4)
+    )
+    assert RISLoss()(output, labels, torch.tensor([1])).mask.item() == pytest.approx(-1.0, abs=0.07)
+
+
+def test_place_mass_counts_every_cell_that_an_instance_touches():
+    labels = torch.zeros(1, 4, 4, dtype=torch.int64)
+    labels[0, 0, 0], labels[0, 3, 1] = 1, 2
+    log_place = torch.tensor([0.1, 0.2, 0.3, 0.4], dtype=torch.float64).log().view(1, 1, 2, 2)
+    torch.testing.assert_close(place_on_target(log_place, labels, 2)[0, 0], torch.tensor([0.1, 0.3], dtype=torch.float64))
+
+
+def test_no_instance_in_the_whole_batch():
+    output = make_output(2, 2)
+    loss = RISLoss(place_weight=1.0)(output, torch.zeros(2, 6, 6, dtype=torch.int64), torch.zeros(2, dtype=torch.int64))
+    loss.total.backward()
+    assert loss.mask.item() == 0 and torch.isfinite(output.score_logits.grad).all()
+
+
+def test_an_unknown_variant_is_named():
+    with pytest.raises(ValueError, match="variant"):
+        RISLoss("some")

@@ -1,0 +1,133 @@
+"""The segmenter: shapes, stopping, batching, and the heads' equations."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from fastris import InputError, RecurrentInstanceSegmenter, RISLoss
+from fastris.nn import ConfidenceHead, DynamicMaskHead, ModelConfig, SpatialInhibition
+
+TINY = {"feature_channels": 8, "backbone_channels": (8, 8, 8, 8), "hidden_channels": 8}
+
+
+@pytest.fixture(params=["dynamic", "inhibition"])
+def model(request):
+    torch.manual_seed(0)
+    return RecurrentInstanceSegmenter(ModelConfig(mask_head=request.param, **TINY)).eval()
+
+
+@pytest.mark.parametrize("size", [(32, 48), (33, 31), (1, 1), (16, 100)])
+def test_maps_cover_images_of_any_size(model, size):
+    output = model(torch.rand(2, 3, *size), 3)
+    assert output.masks.shape == (2, 3, -(-size[0] // output.stride), -(-size[1] // output.stride))
+    assert output.scores.shape == (2, 3)
+    assert output.masks.min() >= 0 and output.masks.max() <= 1
+
+
+def test_spatial_inhibition_is_log_softmax_over_the_map_plus_a_scalar():
+    head = SpatialInhibition(4, init=1.5)
+    hidden = torch.randn(2, 4, 5, 6)
+    logits, log_place = head(hidden)
+    scores = torch.einsum("bchw,c->bhw", hidden, head.project.weight.view(-1)) + head.project.bias
+    expected = scores - torch.logsumexp(scores.flatten(1), 1).view(2, 1, 1)
+    torch.testing.assert_close(log_place, expected)
+    torch.testing.assert_close(logits, expected + 1.5)
+    uniform, _ = head(torch.zeros(1, 4, 10, 10))
+    torch.testing.assert_close(uniform, torch.full((1, 10, 10), 1.5 - np.log(100), dtype=torch.float32))
+
+
+def test_the_dynamic_filter_moves_with_the_place_it_attends_to():
+    torch.manual_seed(0)
+    head = DynamicMaskHead(4, 3, 5)
+    hidden, features, detail = torch.zeros(1, 4, 8, 8), torch.zeros(1, 3, 8, 8), torch.zeros(1, 8, 16, 16)
+    masks = []
+    for x in (2, 4):
+        marked = hidden.clone()
+        marked[0, :, 3, x] = 50 * head.place[0].weight[:, :4, 0, 0].sum(0).sign()
+        with torch.no_grad():
+            head.place[2].weight.fill_(1.0)
+        logits, log_place = head(marked, features, detail)
+        assert log_place.exp()[0, 3, x] > 0.99
+        masks.append(logits)
+    torch.testing.assert_close(masks[0][:, :, :12], masks[1][:, :, 4:], rtol=1e-4, atol=1e-4)
+
+
+def test_confidence_pooled_and_unpooled():
+    hidden = torch.randn(2, 4, 6, 8)
+    pooled, unpooled = ConfidenceHead(4, 2), ConfidenceHead(4, 0, (6, 8))
+    grid = hidden.unflatten(2, (2, 3)).unflatten(4, (2, 4)).amax((3, 5))
+    torch.testing.assert_close(pooled(hidden), pooled.linear(grid.flatten(1)).squeeze(1))
+    torch.testing.assert_close(unpooled(hidden), unpooled.linear(hidden.flatten(1)).squeeze(1))
+
+
+def test_every_parameter_learns(model):
+    labels = torch.zeros(2, 32, 32, dtype=torch.int64)
+    labels[:, 4:12, 4:12], labels[0, 20:28, 20:28] = 1, 2
+    RISLoss(place_weight=1.0)(model(torch.rand(2, 3, 32, 32), 4), labels, torch.tensor([2, 1])).total.backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None and torch.isfinite(parameter.grad).all(), name
+        assert parameter.grad.abs().sum() > 0 or name.endswith("conv.bias"), name
+
+
+def set_confidence(model, per_step):
+    """Make the confidence head answer the given logits, one a step."""
+    answers = iter(per_step)
+    model.confidence_head.forward = lambda hidden: torch.as_tensor(next(answers), dtype=hidden.dtype)
+
+
+def test_each_image_of_a_batch_stops_at_its_own_first_doubt(model):
+    set_confidence(model, [[3.0, 3.0, -3.0], [3.0, -3.0], [-3.0]])  # image 2 stops at once, 1 after one, 0 after two
+    found = model._find(torch.rand(3, 3, 32, 32), limit=9, threshold=0.5, mask_threshold=0.0)
+    assert [len(masks) for masks, _ in found] == [2, 1, 0]
+
+
+def test_stopped_images_do_not_change_the_others(model):
+    images = torch.rand(3, 3, 32, 32)
+    alone = model._find(images[:1], 3, 0.0, 0.5)[0]
+    set_confidence(model, [[3.0, -3.0, -3.0], [3.0], [3.0]])
+    together = model._find(images, 3, 0.5, 0.5)[0]
+    torch.testing.assert_close(alone[0], together[0])
+
+
+def test_the_free_running_steps_equal_the_training_forward(model):
+    images = torch.rand(1, 3, 32, 32)
+    masks, scores = model._find(images, 3, 0.0, 0.5)[0]
+    torch.testing.assert_close(scores, model(images, 3).scores[0])
+
+
+def test_predict_takes_what_users_call_an_image(model, tmp_path):
+    from PIL import Image
+
+    array = (np.random.default_rng(0).random((24, 20, 3)) * 255).astype(np.uint8)
+    Image.fromarray(array).save(tmp_path / "a.png")
+    tensor = torch.from_numpy(array).permute(2, 0, 1)
+    results = [
+        model.predict(one, max_steps=3, threshold=0.0)
+        for one in (array, tensor, tensor.float() / 255, Image.fromarray(array), tmp_path / "a.png", str(tmp_path / "a.png"))
+    ]
+    for result in results:
+        np.testing.assert_array_equal(result.masks, results[0].masks)
+    batch = model.predict(torch.stack([tensor, tensor]), max_steps=2)
+    assert isinstance(batch, list) and len(batch) == 2
+    assert results[-1].name.endswith("a.png")
+
+
+@pytest.mark.parametrize("image", [np.zeros((4, 4, 2), np.uint8), torch.zeros(2, 4, 4), 3, np.zeros((0, 4, 3), np.uint8)])
+def test_predict_names_what_it_cannot_take(model, image):
+    with pytest.raises(InputError, match="image: expected"):
+        model.predict(image)
+
+
+@pytest.mark.parametrize("bad", [{"mask_head": "x"}, {"kernel_size": 2}, {"recurrent_stride": 3}, {"confidence_pool": 0}, {"layers": 0}])
+def test_a_configuration_that_cannot_be_is_named(bad):
+    with pytest.raises(InputError, match=next(iter(bad)) if "pool" not in next(iter(bad)) else "confidence_map"):
+        ModelConfig(**bad)
+
+
+def test_configuration_round_trip():
+    config = ModelConfig(confidence_pool=0, confidence_map=(4, 6), layers=1)
+    assert ModelConfig.from_dict(config.to_dict()) == config
+    with pytest.raises(InputError, match="unknown colour"):
+        ModelConfig.from_dict({"colour": 1})
