@@ -33,7 +33,10 @@ def load(name_or_path: str | os.PathLike[str]) -> RecurrentInstanceSegmenter:
     config, tensors = _read(path)
     model = RecurrentInstanceSegmenter(config)
     expected = model.state_dict()
-    for what, names in (("lacks", expected.keys() - tensors.keys()), ("has unknown", tensors.keys() - expected.keys())):
+    for what, names in (
+        ("lacks", expected.keys() - tensors.keys()),
+        ("has unknown", tensors.keys() - expected.keys()),
+    ):
         if names:
             raise InputError(f"{path}: weights of another architecture: {what} {_some(names)}")
     shapes = [name for name in expected if expected[name].shape != tensors[name].shape]
@@ -85,7 +88,9 @@ def shipped() -> list[str]:
     folder = resources.files("fastris") / "weights"
     if not folder.is_dir():
         return []
-    return sorted(entry.name.removesuffix(".safetensors") for entry in folder.iterdir() if entry.name.endswith(".safetensors"))
+    return sorted(
+        entry.name.removesuffix(".safetensors") for entry in folder.iterdir() if entry.name.endswith(".safetensors")
+    )
 
 
 def _find(name_or_path: str | os.PathLike[str]) -> Path:

@@ -52,7 +52,9 @@ def test_nothing_is_left_beside_the_file(saved):
 def test_weights_that_are_not_finite_are_refused(saved):
     _, path = saved
     rewrite(path, lambda tensors, _: tensors["confidence_head.linear.bias"].fill_(float("nan")))
-    with pytest.raises(InputError, match=r"model\.safetensors: weights are not finite .* confidence_head\.linear\.bias"):
+    with pytest.raises(
+        InputError, match=r"model\.safetensors: weights are not finite .* confidence_head\.linear\.bias"
+    ):
         fastris.load(path)
 
 
@@ -61,8 +63,14 @@ def test_weights_that_are_not_finite_are_refused(saved):
     [
         (lambda tensors, _: tensors.pop("confidence_head.linear.bias"), "another architecture: lacks"),
         (lambda tensors, _: tensors.update(extra=torch.zeros(1)), "another architecture: has unknown extra"),
-        (lambda tensors, _: tensors.update({"confidence_head.linear.bias": torch.zeros(2)}), "other shapes for"),
-        (lambda _, header: header.update(fastris=json.dumps({"config": {"what": 1}, "metadata": {}})), "unknown what"),
+        (
+            lambda tensors, _: tensors.update({"confidence_head.linear.bias": torch.zeros(2)}),
+            "other shapes for",
+        ),
+        (
+            lambda _, header: header.update(fastris=json.dumps({"config": {"what": 1}, "metadata": {}})),
+            "unknown what",
+        ),
         (lambda _, header: header.pop("fastris"), "not a fastris model"),
     ],
 )

@@ -33,7 +33,10 @@ class SmallFCN(nn.Module):
         self.stem = _conv_block(3, channels[0], stride=2)
         self.stem_refine = _conv_block(channels[0], channels[0])
         self.down = nn.ModuleList(
-            nn.Sequential(_conv_block(channels[k], channels[k + 1], stride=2), _conv_block(channels[k + 1], channels[k + 1]))
+            nn.Sequential(
+                _conv_block(channels[k], channels[k + 1], stride=2),
+                _conv_block(channels[k + 1], channels[k + 1]),
+            )
             for k in range(3)
         )
         self.lateral = nn.ModuleList(nn.Conv2d(channels[k + 1], channels[k], 1) for k in range(3))

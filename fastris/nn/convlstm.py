@@ -28,12 +28,17 @@ class ConvLSTMCell(nn.Module):
         bias: whether the convolution has a bias.
         forget_bias: start value added to the forget gate's bias (0 as in ndrplz's module).
 
-    The parameters are ``conv.weight`` (4C, input_dim + C, kh, kw) and ``conv.bias`` (4C,), gate order i, f, o, g, so the
-    state_dict is that of github.com/ndrplz/ConvLSTM_pytorch.
+    The parameters are ``conv.weight`` (4C, input_dim + C, kh, kw) and ``conv.bias`` (4C,), gate order i, f, o, g, so
+    the state_dict is that of github.com/ndrplz/ConvLSTM_pytorch.
     """
 
     def __init__(
-        self, input_dim: int, hidden_dim: int, kernel_size: int | tuple[int, int], bias: bool = True, forget_bias: float = 0.0
+        self,
+        input_dim: int,
+        hidden_dim: int,
+        kernel_size: int | tuple[int, int],
+        bias: bool = True,
+        forget_bias: float = 0.0,
     ) -> None:
         super().__init__()
         self.input_dim, self.hidden_dim = input_dim, hidden_dim

@@ -47,9 +47,13 @@ class DynamicMaskHead(nn.Module):
     def __init__(self, channels: int, feature_channels: int, detail_channels: int) -> None:
         super().__init__()
         inner = 32
-        self.place = nn.Sequential(nn.Conv2d(channels + feature_channels, inner, 1), nn.ReLU(inplace=True), nn.Conv2d(inner, 1, 1))
+        self.place = nn.Sequential(
+            nn.Conv2d(channels + feature_channels, inner, 1), nn.ReLU(inplace=True), nn.Conv2d(inner, 1, 1)
+        )
         self.describe = nn.Sequential(
-            nn.Linear(channels + feature_channels, 2 * inner), nn.ReLU(inplace=True), nn.Linear(2 * inner, self.num_weights)
+            nn.Linear(channels + feature_channels, 2 * inner),
+            nn.ReLU(inplace=True),
+            nn.Linear(2 * inner, self.num_weights),
         )
         self.detail = nn.Conv2d(detail_channels, self.width, 1)
 
@@ -77,7 +81,9 @@ class DynamicMaskHead(nn.Module):
         distance = offset.square().sum(1, keepdim=True)
         inputs = torch.cat([detail.flatten(2), offset, distance], dim=1)  # [B, width + 3, h'w']
 
-        first, bias_first, second, bias_second = weights.split([(self.width + 3) * self.width, self.width, self.width, 1], 1)
+        first, bias_first, second, bias_second = weights.split(
+            [(self.width + 3) * self.width, self.width, self.width, 1], 1
+        )
         inner = torch.baddbmm(bias_first.unsqueeze(2), first.view(batch, self.width, self.width + 3), inputs).relu()
         logits = torch.baddbmm(bias_second.unsqueeze(2), second.unsqueeze(1), inner)
         return logits.view(batch, height, width), log_place

@@ -82,7 +82,11 @@ class RISLoss(nn.Module):
     """
 
     def __init__(
-        self, variant: str = "all", confidence_weight: float = 1.0, place_weight: float = 0.0, per_instance: bool = False
+        self,
+        variant: str = "all",
+        confidence_weight: float = 1.0,
+        place_weight: float = 0.0,
+        per_instance: bool = False,
     ) -> None:
         super().__init__()
         if variant not in ("all", "first_n"):
@@ -97,7 +101,9 @@ class RISLoss(nn.Module):
         if num_labels is None:
             num_labels = int(counts.max()) if counts.numel() else 0
         dtype = torch.float64 if output.mask_logits.dtype == torch.float64 else torch.float32
-        logits = F.interpolate(output.mask_logits.to(dtype), size=labels.shape[-2:], mode="bilinear", align_corners=False)
+        logits = F.interpolate(
+            output.mask_logits.to(dtype), size=labels.shape[-2:], mode="bilinear", align_corners=False
+        )
         num_pred = counts.clamp_max(steps) if self.variant == "first_n" else None
         on_target = mass = None
         if self.place_weight:

@@ -77,8 +77,8 @@ class _Context(NamedTuple):
 class RecurrentInstanceSegmenter(nn.Module):
     """Features once, then a ConvLSTM that finds one object a step, its mask and the confidence that it is one.
 
-    Source: Romera-Paredes & Torr, *Recurrent Instance Segmentation*, ECCV 2016. :class:`ModelConfig` says what each part
-    is and where a choice departs from the paper.
+    Source: Romera-Paredes & Torr, *Recurrent Instance Segmentation*, ECCV 2016.
+    :class:`ModelConfig` says what each part is and where a choice departs from the paper.
     """
 
     def __init__(self, config: ModelConfig | None = None) -> None:
@@ -156,7 +156,9 @@ class RecurrentInstanceSegmenter(nn.Module):
                 gates, addend = conv2d_same(torch.cat([below, *recurrent], dim=1), weight), None
             if previous is None:
                 shape = (gates.shape[0], self.config.hidden_channels, *gates.shape[-2:])
-                cell_prev = torch.zeros(shape, device=gates.device, dtype=torch.promote_types(gates.dtype, torch.float32))
+                cell_prev = torch.zeros(
+                    shape, device=gates.device, dtype=torch.promote_types(gates.dtype, torch.float32)
+                )
             else:
                 cell_prev = previous[1]
             states.append(lstm_gates(gates, cell_prev, addend, bias))
@@ -189,8 +191,8 @@ class RecurrentInstanceSegmenter(nn.Module):
         """Find the objects of one image or of several.
 
         Args:
-            image: (3, H, W) or (B, 3, H, W) tensor, uint8 or floating in [0, 1]; an (H, W, 3) or (H, W) uint8 array; a PIL
-                image; a path; or a list of these, which gives a list of results.
+            image: (3, H, W) or (B, 3, H, W) tensor, uint8 or floating in [0, 1]; an (H, W, 3) or (H, W) uint8 array;
+                a PIL image; a path; or a list of these, which gives a list of results.
             max_steps: the most objects per image; the configuration's where not given.
             threshold: stop at the first confidence below this (0.5 in the paper).
             mask_threshold: a pixel belongs to the object where the mask is above this (0.9 in the released code).
@@ -211,9 +213,7 @@ class RecurrentInstanceSegmenter(nn.Module):
             results.append(Instances(masks[keep].numpy(), scores[keep].numpy(), (height, width), name))
         return results[0] if single else results
 
-    def _find(
-        self, images: Tensor, limit: int, threshold: float, mask_threshold: float
-    ) -> list[tuple[Tensor, Tensor]]:
+    def _find(self, images: Tensor, limit: int, threshold: float, mask_threshold: float) -> list[tuple[Tensor, Tensor]]:
         """Per image, masks (N, H, W) bool and scores (N,); an image that has stopped costs nothing more."""
         height, width = images.shape[-2:]
         parameter = self.confidence_head.linear.weight
@@ -225,7 +225,10 @@ class RecurrentInstanceSegmenter(nn.Module):
             step, memory = self._step(context, memory)
             scores = step.score_logits.float().sigmoid().cpu()
             going = scores >= threshold
-            size = (context.features.shape[-2] * self.config.recurrent_stride, context.features.shape[-1] * self.config.recurrent_stride)
+            size = (
+                context.features.shape[-2] * self.config.recurrent_stride,
+                context.features.shape[-1] * self.config.recurrent_stride,
+            )
             chosen = going.nonzero().squeeze(1)
             if chosen.numel() == 0:
                 break

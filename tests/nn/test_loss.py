@@ -70,7 +70,12 @@ def test_first_n_leaves_later_masks_without_gradient_and_all_does_not():
         output.mask_logits[1, :3] = -3.0
     RISLoss("first_n")(output, labels, counts).mask.backward()
     assert output.mask_logits.grad[1, 0].abs().sum() > 0 and output.mask_logits.grad[1, 1:].abs().sum() == 0
-    assert match(output.mask_logits.sigmoid(), labels, None, counts).target_of_pred[1].tolist() == [-1, -1, -1, 0]
+    assert match(output.mask_logits.sigmoid(), labels, None, counts).target_of_pred[1].tolist() == [
+        -1,
+        -1,
+        -1,
+        0,
+    ]
 
 
 @pytest.mark.parametrize("variant", ["all", "first_n"])
@@ -98,7 +103,9 @@ def test_place_mass_counts_every_cell_that_an_instance_touches():
     labels = torch.zeros(1, 4, 4, dtype=torch.int64)
     labels[0, 0, 0], labels[0, 3, 1] = 1, 2
     log_place = torch.tensor([0.1, 0.2, 0.3, 0.4], dtype=torch.float64).log().view(1, 1, 2, 2)
-    torch.testing.assert_close(place_on_target(log_place, labels, 2)[0, 0], torch.tensor([0.1, 0.3], dtype=torch.float64))
+    torch.testing.assert_close(
+        place_on_target(log_place, labels, 2)[0, 0], torch.tensor([0.1, 0.3], dtype=torch.float64)
+    )
 
 
 def test_no_instance_in_the_whole_batch():

@@ -105,7 +105,14 @@ def test_predict_takes_what_users_call_an_image(model, tmp_path):
     tensor = torch.from_numpy(array).permute(2, 0, 1)
     results = [
         model.predict(one, max_steps=3, threshold=0.0)
-        for one in (array, tensor, tensor.float() / 255, Image.fromarray(array), tmp_path / "a.png", str(tmp_path / "a.png"))
+        for one in (
+            array,
+            tensor,
+            tensor.float() / 255,
+            Image.fromarray(array),
+            tmp_path / "a.png",
+            str(tmp_path / "a.png"),
+        )
     ]
     for result in results:
         np.testing.assert_array_equal(result.masks, results[0].masks)
@@ -114,13 +121,18 @@ def test_predict_takes_what_users_call_an_image(model, tmp_path):
     assert results[-1].name.endswith("a.png")
 
 
-@pytest.mark.parametrize("image", [np.zeros((4, 4, 2), np.uint8), torch.zeros(2, 4, 4), 3, np.zeros((0, 4, 3), np.uint8)])
+@pytest.mark.parametrize(
+    "image", [np.zeros((4, 4, 2), np.uint8), torch.zeros(2, 4, 4), 3, np.zeros((0, 4, 3), np.uint8)]
+)
 def test_predict_names_what_it_cannot_take(model, image):
     with pytest.raises(InputError, match="image: expected"):
         model.predict(image)
 
 
-@pytest.mark.parametrize("bad", [{"mask_head": "x"}, {"kernel_size": 2}, {"recurrent_stride": 3}, {"confidence_pool": 0}, {"layers": 0}])
+@pytest.mark.parametrize(
+    "bad",
+    [{"mask_head": "x"}, {"kernel_size": 2}, {"recurrent_stride": 3}, {"confidence_pool": 0}, {"layers": 0}],
+)
 def test_a_configuration_that_cannot_be_is_named(bad):
     with pytest.raises(InputError, match=next(iter(bad)) if "pool" not in next(iter(bad)) else "confidence_map"):
         ModelConfig(**bad)

@@ -52,7 +52,11 @@ def test_gradients_in_fp64():
 @pytest.mark.parametrize(
     ("pred", "target", "message"),
     [
-        (torch.zeros(2, 1, 64, 64), torch.zeros(2, 64, 64), r"target labels must be integer \(B,H,W\), got float32 \(2,64,64\)"),
+        (
+            torch.zeros(2, 1, 64, 64),
+            torch.zeros(2, 64, 64),
+            r"target labels must be integer \(B,H,W\), got float32 \(2,64,64\)",
+        ),
         (torch.zeros(1, 2, 2), torch.zeros(1, 2, 2, dtype=torch.int64), "pred must be floating"),
         (torch.zeros(1, 1, 2, 2), torch.zeros(1, 2, 3, dtype=torch.int64), "target must match pred"),
         (torch.zeros(1, 1, 2, 2), torch.zeros(2), "target must be masks"),
