@@ -1,0 +1,34 @@
+"""Data sets of images with labelled instances, their transforms and batches."""
+
+from __future__ import annotations
+
+from fastris.data.collate import Batch, collate
+from fastris.data.dataset import InstanceDataset
+from fastris.data.nuclei import NucleiDataset
+from fastris.data.sample import Sample, in_validation, relabel
+from fastris.data.transforms import (
+    Compose,
+    IntensityJitter,
+    RandomCrop,
+    RandomFlip,
+    RandomRotation,
+    Transform,
+    limit_instances,
+)
+
+__all__ = [
+    "Batch",
+    "Compose",
+    "InstanceDataset",
+    "IntensityJitter",
+    "NucleiDataset",
+    "RandomCrop",
+    "RandomFlip",
+    "RandomRotation",
+    "Sample",
+    "Transform",
+    "collate",
+    "in_validation",
+    "limit_instances",
+    "relabel",
+]

@@ -1,0 +1,254 @@
+"""Random transforms of image and labels together, each a function of the sample and a generator's state alone.
+
+A crop of 128x128, a flip, a quarter turn and an intensity change together take well under 2 ms on one core.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from fastris.data.sample import Sample, relabel
+from fastris.errors import InputError
+
+Transform = Callable[[Sample, torch.Generator], Sample]
+
+MIN_AREA = 8  # pixels: what a crop or a rotation leaves of an instance below this is background
+
+
+def _uniform(low: float, high: float, generator: torch.Generator) -> float:
+    return low + (high - low) * torch.rand((), generator=generator, dtype=torch.float64).item()
+
+
+def _integer(high: int, generator: torch.Generator) -> int:
+    """Uniform in 0..high - 1."""
+    return int(torch.randint(high, (), generator=generator))
+
+
+def _visible(labels: np.ndarray, min_area: int) -> int:
+    """How many instances have at least `min_area` pixels in `labels`."""
+    areas = np.bincount(labels.reshape(-1))
+    return int(np.count_nonzero(areas[1:] >= min_area))
+
+
+def _window(sample: Sample, top: int, left: int, height: int, width: int, min_area: int) -> Sample:
+    """The part of a sample inside a window, zero beyond the image, with its instances numbered anew."""
+    image = sample.image[:, top : top + height, left : left + width]
+    labels = relabel(sample.labels[top : top + height, left : left + width].numpy(), min_area)
+    below, right = height - labels.shape[0], width - labels.shape[1]
+    if below or right:
+        image = F.pad(image, (0, right, 0, below))
+        labels = np.pad(labels, ((0, below), (0, right)))
+    return Sample(image.contiguous(), torch.from_numpy(labels), sample.name)
+
+
+class Compose:
+    """Transforms applied one after the other."""
+
+    def __init__(self, transforms: Sequence[Transform]) -> None:
+        self.transforms = list(transforms)
+
+    def __call__(self, sample: Sample, generator: torch.Generator) -> Sample:
+        for transform in self.transforms:
+            sample = transform(sample, generator)
+        return sample
+
+
+class RandomCrop:
+    """A window of a fixed size at a random place, with few enough instances in it.
+
+    Up to `tries` windows are drawn until one shows between `min_instances` and `max_instances` instances. If none
+    does, the one that misses by least is taken; where that one still shows too many, :func:`limit_instances` narrows
+    the view to a smaller window, which is enlarged to `size` (image bilinear, labels nearest). So the limit always
+    holds, and crowded images are seen at a larger scale. `min_instances` is a wish: an image may have none.
+
+    An image smaller than `size` is padded with zeros at the right and below, as :func:`fastris.data.collate` pads.
+
+    Args:
+        size: pixels, (height, width) or one number for both.
+        max_instances: the most instances a crop may show; None for no limit.
+        min_instances: the fewest that a crop should show.
+        tries: windows to draw before settling for less.
+        min_area: an instance with fewer pixels than this left in the window becomes background.
+    """
+
+    def __init__(
+        self,
+        size: int | tuple[int, int],
+        max_instances: int | None = None,
+        min_instances: int = 1,
+        tries: int = 10,
+        min_area: int = MIN_AREA,
+    ) -> None:
+        self.size = (size, size) if isinstance(size, int) else (size[0], size[1])
+        if min(self.size) < 1 or tries < 1 or min_area < 1:
+            raise InputError(
+                f"RandomCrop: size, tries and min_area must be positive, got {size}, {tries}, {min_area}"
+            )
+        if max_instances is not None and max_instances < max(1, min_instances):
+            raise InputError(
+                f"RandomCrop: max_instances must be at least 1 and at least min_instances, got {max_instances}"
+            )
+        self.max_instances = max_instances
+        self.min_instances = min_instances
+        self.tries = tries
+        self.min_area = min_area
+
+    def __call__(self, sample: Sample, generator: torch.Generator) -> Sample:
+        height, width = self.size
+        rows, columns = sample.size
+        labels = sample.labels.numpy()
+        most = math.inf if self.max_instances is None else self.max_instances
+        best, best_miss = (0, 0), math.inf
+        for _ in range(self.tries):
+            top = _integer(max(rows - height, 0) + 1, generator)
+            left = _integer(max(columns - width, 0) + 1, generator)
+            count = _visible(labels[top : top + height, left : left + width], self.min_area)
+            miss = max(count - most, self.min_instances - count, 0)
+            if miss < best_miss:
+                best, best_miss = (top, left), miss
+            if miss == 0:
+                break
+        crop = _window(sample, *best, height, width, self.min_area)
+        if self.max_instances is None or crop.count <= self.max_instances:
+            return crop
+        return _resize(limit_instances(crop, self.max_instances, generator, self.min_area), self.size)
+
+
+def limit_instances(sample: Sample, n: int, generator: torch.Generator, min_area: int = MIN_AREA) -> Sample:
+    """Narrow the view until at most `n` instances are visible.
+
+    The window keeps the sample's shape and is centred, as far as the border allows, on a random pixel of a random
+    instance. Its side is the largest of the sample's sides times 0.9, 0.9², … at which at most `n` instances
+    have `min_area` pixels or more in it, so as many as possible up to `n` stay in view. The result is smaller than the
+    sample; a sample with `n` or fewer instances is returned as it is.
+
+    Raises:
+        InputError: `n` below 1.
+    """
+    if n < 1:
+        raise InputError(f"limit_instances: n must be at least 1, got {n}")
+    count = sample.count
+    if count <= n:
+        return sample
+    labels = sample.labels.numpy()
+    rows, columns = sample.size
+    pixels = np.flatnonzero(labels.reshape(-1) == 1 + _integer(count, generator))
+    row, column = divmod(int(pixels[_integer(pixels.size, generator)]), columns)
+    height, width = rows, columns
+    scale = 1.0
+    while True:  # ends: n + 1 instances need (n + 1) * min_area pixels
+        scale *= 0.9
+        height, width = max(1, round(rows * scale)), max(1, round(columns * scale))
+        top = min(max(row - height // 2, 0), rows - height)
+        left = min(max(column - width // 2, 0), columns - width)
+        if _visible(labels[top : top + height, left : left + width], min_area) <= n:
+            return _window(sample, top, left, height, width, min_area)
+
+
+def _resize(sample: Sample, size: tuple[int, int]) -> Sample:
+    """Enlarge a sample: image bilinear, labels nearest. No instance is lost, as every source pixel is sampled."""
+    image = F.interpolate(sample.image[None].float(), size=size, mode="bilinear", align_corners=False)[0]
+    rows, columns = sample.size
+    row = (torch.arange(size[0]) * rows).div(size[0], rounding_mode="floor")
+    column = (torch.arange(size[1]) * columns).div(size[1], rounding_mode="floor")
+    return Sample(image.round_().to(torch.uint8), sample.labels[row][:, column], sample.name)
+
+
+class RandomFlip:
+    """Left-right and up-down, each with probability one half."""
+
+    def __call__(self, sample: Sample, generator: torch.Generator) -> Sample:
+        which = _integer(4, generator)
+        axes = [axis for bit, axis in ((1, -1), (2, -2)) if which & bit]
+        if not axes:
+            return sample
+        return Sample(sample.image.flip(axes), sample.labels.flip(axes), sample.name)
+
+
+class RandomRotation:
+    """Rotation by a random angle about the centre.
+
+    Args:
+        degrees: None for a multiple of 90 degrees, which loses nothing; else the angle is uniform in ±`degrees`, the
+            image is sampled bilinearly and the labels by nearest neighbour, the size stays, and what comes from
+            outside the image is zero.
+        min_area: with an angle, an instance with fewer pixels than this left becomes background.
+    """
+
+    def __init__(self, degrees: float | None = None, min_area: int = MIN_AREA) -> None:
+        if degrees is not None and not 0 <= degrees <= 180:
+            raise InputError(f"RandomRotation: degrees must be None or in [0, 180], got {degrees}")
+        self.degrees = degrees
+        self.min_area = min_area
+
+    def __call__(self, sample: Sample, generator: torch.Generator) -> Sample:
+        if self.degrees is None:
+            turns = _integer(4, generator)
+            if turns == 0:
+                return sample
+            image = sample.image.rot90(turns, (-2, -1)).contiguous()
+            return Sample(image, sample.labels.rot90(turns, (-2, -1)).contiguous(), sample.name)
+        angle = math.radians(_uniform(-self.degrees, self.degrees, generator))
+        rows, columns = sample.size
+        cosine, sine = math.cos(angle), math.sin(angle)
+        # grid_sample measures each axis in half sides, so the off-diagonal terms carry the aspect ratio.
+        theta = torch.tensor([[cosine, -sine * rows / columns, 0.0], [sine * columns / rows, cosine, 0.0]])
+        grid = F.affine_grid(theta[None], [1, 3, rows, columns], align_corners=False)
+        image = F.grid_sample(sample.image[None].float(), grid, mode="bilinear", align_corners=False)[0]
+        labels = F.grid_sample(sample.labels[None, None].float(), grid, mode="nearest", align_corners=False)[
+            0, 0
+        ]
+        numbered = relabel(labels.to(torch.int32).numpy(), self.min_area)
+        return Sample(image.round_().to(torch.uint8), torch.from_numpy(numbered), sample.name)
+
+
+class IntensityJitter:
+    """Random brightness, contrast, gamma, inversion and greying of the image; labels stay.
+
+    With x in [0, 1]: x to the power exp(u), u in ±`gamma`; then contrast about the image's mean by a factor in
+    1 ± `contrast`; then plus a number in ±`brightness`; then clipped.
+
+    Args:
+        brightness, contrast, gamma: half widths of the ranges above.
+        invert_probability: how often dark and bright change places.
+        grey_probability: how often the colours become their luma (0.299, 0.587, 0.114).
+    """
+
+    def __init__(
+        self,
+        brightness: float = 0.1,
+        contrast: float = 0.2,
+        gamma: float = 0.2,
+        invert_probability: float = 0.0,
+        grey_probability: float = 0.0,
+    ) -> None:
+        self.brightness = brightness
+        self.contrast = contrast
+        self.gamma = gamma
+        self.invert_probability = invert_probability
+        self.grey_probability = grey_probability
+
+    def __call__(self, sample: Sample, generator: torch.Generator) -> Sample:
+        exponent = math.exp(_uniform(-self.gamma, self.gamma, generator))
+        factor = 1 + _uniform(-self.contrast, self.contrast, generator)
+        shift = _uniform(-self.brightness, self.brightness, generator)
+        invert = _uniform(0, 1, generator) < self.invert_probability
+        grey = _uniform(0, 1, generator) < self.grey_probability
+        pixels = sample.image.numpy()
+        if grey:
+            pixels = np.tensordot(np.float32([0.299, 0.587, 0.114]), pixels, 1).round().astype(np.uint8)
+        table = np.linspace(0, 1, 256) ** exponent
+        histogram = np.bincount(pixels.reshape(-1), minlength=256)
+        mean = float(histogram @ table) / pixels.size
+        table = np.clip((table - mean) * factor + mean + shift, 0, 1)
+        if invert:
+            table = 1 - table
+        out = np.take(np.round(table * 255).astype(np.uint8), pixels)
+        if grey:
+            out = np.repeat(out[None], 3, axis=0)
+        return Sample(torch.from_numpy(out), sample.labels, sample.name)
