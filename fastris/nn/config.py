@@ -29,6 +29,7 @@ class ModelConfig:
         confidence_map: (height, width) of the recurrent map of the unpooled confidence head, else None.
         feedback: feed the union of the masks and of the places so far back into the first ConvLSTM layer.
         max_steps: the most objects that ``predict`` looks for in one image.
+        max_side: ``predict`` looks at a longer image shrunk to this many pixels, and scales the masks back.
     """
 
     feature_channels: int = 48
@@ -43,6 +44,7 @@ class ModelConfig:
     confidence_map: tuple[int, int] | None = None
     feedback: bool = True
     max_steps: int = 60
+    max_side: int = 1024
 
     def __post_init__(self) -> None:
         if self.mask_head not in ("inhibition", "dynamic"):
@@ -53,7 +55,7 @@ class ModelConfig:
             raise InputError(f"kernel_size: expected an odd number, got {self.kernel_size}")
         if self.confidence_pool == 0 and self.confidence_map is None:
             raise InputError("confidence_map: an unpooled confidence head needs the size of its map")
-        for name in ("feature_channels", "hidden_channels", "layers", "max_steps"):
+        for name in ("feature_channels", "hidden_channels", "layers", "max_steps", "max_side"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name}: expected at least 1, got {getattr(self, name)}")
 

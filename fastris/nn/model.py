@@ -5,6 +5,7 @@ B = batch, T = steps, C = hidden channels, h × w = recurrent map, h' × w' = ma
 
 from __future__ import annotations
 
+import warnings
 from typing import Any, NamedTuple
 
 import torch
@@ -207,15 +208,40 @@ class RecurrentInstanceSegmenter(nn.Module):
         limit = max_steps or self.config.max_steps
         results = []
         for pixels, name in zip(images, names, strict=True):
-            masks, scores = self._find(pixels.unsqueeze(0), limit, threshold, mask_threshold)[0]
-            keep = masks.flatten(1).sum(1) >= min_area
             height, width = pixels.shape[-2:]
+            looked_at = self._fit(pixels.unsqueeze(0), name)
+            masks, scores = self._find(looked_at, limit, threshold, mask_threshold, (height, width))[0]
+            keep = masks.flatten(1).sum(1) >= min_area
             results.append(Instances(masks[keep].numpy(), scores[keep].numpy(), (height, width), name))
         return results[0] if single else results
 
-    def _find(self, images: Tensor, limit: int, threshold: float, mask_threshold: float) -> list[tuple[Tensor, Tensor]]:
-        """Per image, masks (N, H, W) bool and scores (N,); an image that has stopped costs nothing more."""
+    def _fit(self, images: Tensor, name: str) -> Tensor:
+        """Shrink images whose longer side is over the model's limit."""
+        longest = max(images.shape[-2:])
+        if longest <= self.config.max_side:
+            return images
+        size = [max(1, side * self.config.max_side // longest) for side in images.shape[-2:]]
+        warnings.warn(
+            f"{name or 'image'}: {images.shape[-1]}x{images.shape[-2]} pixels are looked at as {size[1]}x{size[0]}; "
+            "cut the image up if its objects are small",
+            stacklevel=3,
+        )
+        return F.interpolate(images, size=size, mode="bilinear", antialias=True)
+
+    def _find(
+        self,
+        images: Tensor,
+        limit: int,
+        threshold: float,
+        mask_threshold: float,
+        size: tuple[int, int] | None = None,
+    ) -> list[tuple[Tensor, Tensor]]:
+        """Per image, masks (N, H, W) bool and scores (N,); an image that has stopped costs nothing more.
+
+        ``size`` is the (H, W) of the masks, that of ``images`` where not given.
+        """
         height, width = images.shape[-2:]
+        size = size or (height, width)
         parameter = self.confidence_head.linear.weight
         context = self._encode(images.to(parameter.device, parameter.dtype))
         memory = _Memory(None, None)
@@ -225,16 +251,14 @@ class RecurrentInstanceSegmenter(nn.Module):
             step, memory = self._step(context, memory)
             scores = step.score_logits.float().sigmoid().cpu()
             going = scores >= threshold
-            size = (
-                context.features.shape[-2] * self.config.recurrent_stride,
-                context.features.shape[-1] * self.config.recurrent_stride,
-            )
             chosen = going.nonzero().squeeze(1)
             if chosen.numel() == 0:
                 break
             logits = step.mask_logits[chosen.to(step.mask_logits.device)].float().unsqueeze(1)
-            logits = F.interpolate(logits, size=size, mode="bilinear", align_corners=False)
-            masks = (logits.sigmoid() > mask_threshold)[:, 0, :height, :width].cpu()
+            logits = F.interpolate(logits, scale_factor=self.stride, mode="bilinear")[..., :height, :width]
+            if size != (height, width):
+                logits = F.interpolate(logits, size=size, mode="bilinear")
+            masks = (logits.sigmoid() > mask_threshold).squeeze(1).cpu()
             for row, mask in zip(chosen.tolist(), masks, strict=True):
                 found[int(active[row])].append((mask, scores[row]))
             if chosen.numel() < going.numel():
@@ -246,7 +270,7 @@ class RecurrentInstanceSegmenter(nn.Module):
                     [(hidden[rows], cell[rows]) for hidden, cell in memory.states],
                     None if memory.found is None else memory.found[rows],
                 )
-        empty = (torch.zeros(0, height, width, dtype=torch.bool), torch.zeros(0))
+        empty = (torch.zeros(0, *size, dtype=torch.bool), torch.zeros(0))
         return [
             (torch.stack([mask for mask, _ in one]), torch.stack([score for _, score in one])) if one else empty
             for one in found

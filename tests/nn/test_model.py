@@ -143,3 +143,10 @@ def test_configuration_round_trip():
     assert ModelConfig.from_dict(config.to_dict()) == config
     with pytest.raises(InputError, match="unknown colour"):
         ModelConfig.from_dict({"colour": 1})
+
+
+def test_a_large_image_is_looked_at_smaller_and_its_masks_scaled_back():
+    model = RecurrentInstanceSegmenter(ModelConfig(max_side=32, **TINY)).eval()
+    with pytest.warns(UserWarning, match="100x60 pixels are looked at as 32x19"):
+        found = model.predict(torch.rand(3, 60, 100), max_steps=2, threshold=0.0, mask_threshold=0.0)
+    assert found.masks.shape == (2, 60, 100)
