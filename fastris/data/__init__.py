@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from fastris.data.collate import Batch, collate
 from fastris.data.dataset import InstanceDataset
+from fastris.data.folder import FolderDataset
+from fastris.data.leaves import LeavesDataset
 from fastris.data.nuclei import NucleiDataset
+from fastris.data.open import open_dataset
 from fastris.data.sample import Sample, in_validation, relabel
 from fastris.data.transforms import (
     Compose,
@@ -19,8 +22,10 @@ from fastris.data.transforms import (
 __all__ = [
     "Batch",
     "Compose",
+    "FolderDataset",
     "InstanceDataset",
     "IntensityJitter",
+    "LeavesDataset",
     "NucleiDataset",
     "RandomCrop",
     "RandomFlip",
@@ -30,5 +35,6 @@ __all__ = [
     "collate",
     "in_validation",
     "limit_instances",
+    "open_dataset",
     "relabel",
 ]

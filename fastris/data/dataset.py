@@ -23,8 +23,9 @@ def check_split(split: str) -> None:
 def select_split(names: list[str], split: str, fraction: float = 0.1) -> list[str]:
     """The names that belong to `split`, in order.
 
-    A name is held out if :func:`in_validation` says so. Two or more names of which that picks none or all give up
-    one to the other side (the one whose turn is next by the same rule), so that neither side of a tiny set is empty.
+    A name is held out if :func:`in_validation` says so. Two or more names of which that picks none or all
+    give up one to the other side (the one whose turn is next by the same rule), so that neither side of a
+    tiny set is empty.
     """
     check_split(split)
     if split == "all":
@@ -46,9 +47,9 @@ def select_split(names: list[str], split: str, fraction: float = 0.1) -> list[st
 class InstanceDataset(Dataset[Sample]):
     """A data set of :class:`Sample`, decoded on first use and then kept in memory.
 
-    The cache holds grey images with one channel and labels in the smallest integer that fits: about 0.25 GB for
-    DSB2018. Errors in one file are raised when that file is asked for, so that the others can still be used;
-    :meth:`preload` asks for all of them.
+    The cache holds grey images with one channel and labels in the smallest integer that fits: about 0.25 GB
+    for DSB2018. Errors in one file are raised when that file is asked for, so that the others can still be
+    used; :meth:`preload` asks for all of them.
     """
 
     def __init__(self, names: list[str], cache: bool = True) -> None:
@@ -76,7 +77,7 @@ class InstanceDataset(Dataset[Sample]):
         return (self[index] for index in range(len(self)))
 
     def preload(self) -> None:
-        """Decode everything now, for instance before worker processes are forked; does nothing without a cache.
+        """Decode everything now, say before worker processes are forked; does nothing without a cache.
 
         Raises:
             InputError: the first file that cannot be used.

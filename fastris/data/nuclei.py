@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from fastris.data.dataset import InstanceDataset, check_split
-from fastris.data.sample import Sample, in_validation, sample_from_arrays
+from fastris.data.dataset import InstanceDataset, check_split, select_split
+from fastris.data.sample import Sample, sample_from_arrays
 from fastris.errors import InputError
 
 _LAYOUT = "<id>/images/<id>.png with <id>/masks/*.png, as in stage1_train.zip of the 2018 Data Science Bowl"
@@ -23,7 +23,8 @@ class NucleiDataset(InstanceDataset):
 
     Args:
         root: the zip, or the directory it was unpacked to.
-        split: "train", "validation" (the 10% of ids for which :func:`in_validation` holds) or "all".
+        split: "train", "validation" (the tenth of the ids for which :func:`fastris.data.in_validation` holds;
+            at least one of a handful) or "all".
         max_instances: keep only images with at most this many mask files.
         size: keep only images of this (H, W) in pixels.
         cache: keep decoded images in memory.
@@ -31,8 +32,8 @@ class NucleiDataset(InstanceDataset):
     Where masks overlap, the first in order of file name keeps the pixel. Empty masks are dropped.
 
     Raises:
-        InputError: no such file, no images in it; and on access, an image without masks, a broken PNG or a mask
-            of another size than its image, each naming the file.
+        InputError: no such file, no images in it; and on access, an image without masks, a broken PNG or a
+            mask of another size than its image, each naming the file.
     """
 
     def __init__(
@@ -58,9 +59,7 @@ class NucleiDataset(InstanceDataset):
                 self._masks.setdefault(folder, []).append(path)
         if not self._images:
             raise InputError(f"{root}: no images found; expected {_LAYOUT}")
-        names = sorted(self._images)
-        if split != "all":
-            names = [name for name in names if in_validation(name) == (split == "validation")]
+        names = select_split(sorted(self._images), split)
         if max_instances is not None:
             names = [name for name in names if len(self._masks.get(name, ())) <= max_instances]
         if size is not None:
@@ -131,7 +130,7 @@ class _DirectoryFiles:
 
 
 class _ZipFiles:
-    """The members of a zip. Each process opens its own handle: one shared across a fork would mix up its seeks."""
+    """The members of a zip, with a handle per process: one shared across a fork would mix up its seeks."""
 
     def __init__(self, root: Path) -> None:
         self.root = root

@@ -72,5 +72,5 @@ def sample_from_arrays(image: np.ndarray, labels: np.ndarray, name: str) -> Samp
 
 
 def in_validation(image_id: str, fraction: float = 0.1) -> bool:
-    """Whether an image is held out, from its id alone, so that the split is the same everywhere and for ever."""
+    """Whether an image is held out, from its id alone, so that the split is the same everywhere."""
     return int(hashlib.sha256(image_id.encode()).hexdigest()[:8], 16) / 2**32 < fraction

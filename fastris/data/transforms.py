@@ -1,4 +1,4 @@
-"""Random transforms of image and labels together, each a function of the sample and a generator's state alone.
+"""Random transforms of image and labels together, each a function of the sample and a generator's state.
 
 A crop of 128x128, a flip, a quarter turn and an intensity change together take well under 2 ms on one core.
 """
@@ -61,12 +61,14 @@ class Compose:
 class RandomCrop:
     """A window of a fixed size at a random place, with few enough instances in it.
 
-    Up to `tries` windows are drawn until one shows between `min_instances` and `max_instances` instances. If none
-    does, the one that misses by least is taken; where that one still shows too many, :func:`limit_instances` narrows
-    the view to a smaller window, which is enlarged to `size` (image bilinear, labels nearest). So the limit always
-    holds, and crowded images are seen at a larger scale. `min_instances` is a wish: an image may have none.
+    Up to `tries` windows are drawn until one shows between `min_instances` and `max_instances` instances. If
+    none does, the one that misses by least is taken; where that one still shows too many,
+    :func:`limit_instances` narrows the view to a smaller window, which is enlarged to `size` (image bilinear,
+    labels nearest). So the limit always holds, and crowded images are seen at a larger scale. `min_instances`
+    is a wish: an image may have none.
 
-    An image smaller than `size` is padded with zeros at the right and below, as :func:`fastris.data.collate` pads.
+    An image smaller than `size` is padded with zeros at the right and below, as :func:`fastris.data.collate`
+    pads.
 
     Args:
         size: pixels, (height, width) or one number for both.
@@ -91,7 +93,7 @@ class RandomCrop:
             )
         if max_instances is not None and max_instances < max(1, min_instances):
             raise InputError(
-                f"RandomCrop: max_instances must be at least 1 and at least min_instances, got {max_instances}"
+                f"RandomCrop: max_instances must be at least 1 and min_instances, got {max_instances}"
             )
         self.max_instances = max_instances
         self.min_instances = min_instances
@@ -122,10 +124,10 @@ class RandomCrop:
 def limit_instances(sample: Sample, n: int, generator: torch.Generator, min_area: int = MIN_AREA) -> Sample:
     """Narrow the view until at most `n` instances are visible.
 
-    The window keeps the sample's shape and is centred, as far as the border allows, on a random pixel of a random
-    instance. Its side is the largest of the sample's sides times 0.9, 0.9², … at which at most `n` instances
-    have `min_area` pixels or more in it, so as many as possible up to `n` stay in view. The result is smaller than the
-    sample; a sample with `n` or fewer instances is returned as it is.
+    The window keeps the sample's shape and is centred, as far as the border allows, on a random pixel of a
+    random instance. Its side is the largest of the sample's sides times 0.9, 0.9², … at which at most `n`
+    instances have `min_area` pixels or more in it, so the view shows about `n`. The result
+    is smaller than the sample; a sample with `n` or fewer instances is returned as it is.
 
     Raises:
         InputError: `n` below 1.
@@ -151,7 +153,7 @@ def limit_instances(sample: Sample, n: int, generator: torch.Generator, min_area
 
 
 def _resize(sample: Sample, size: tuple[int, int]) -> Sample:
-    """Enlarge a sample: image bilinear, labels nearest. No instance is lost, as every source pixel is sampled."""
+    """Enlarge a sample, image bilinear, labels nearest; every source pixel is sampled, so none vanishes."""
     image = F.interpolate(sample.image[None].float(), size=size, mode="bilinear", align_corners=False)[0]
     rows, columns = sample.size
     row = (torch.arange(size[0]) * rows).div(size[0], rounding_mode="floor")
@@ -174,9 +176,9 @@ class RandomRotation:
     """Rotation by a random angle about the centre.
 
     Args:
-        degrees: None for a multiple of 90 degrees, which loses nothing; else the angle is uniform in ±`degrees`, the
-            image is sampled bilinearly and the labels by nearest neighbour, the size stays, and what comes from
-            outside the image is zero.
+        degrees: None for a multiple of 90 degrees, which loses nothing; else the angle is uniform in
+            ±`degrees`, the image is sampled bilinearly and the labels by nearest neighbour, the size stays,
+            and what comes from outside the image is zero.
         min_area: with an angle, an instance with fewer pixels than this left becomes background.
     """
 
@@ -210,8 +212,8 @@ class RandomRotation:
 class IntensityJitter:
     """Random brightness, contrast, gamma, inversion and greying of the image; labels stay.
 
-    With x in [0, 1]: x to the power exp(u), u in ±`gamma`; then contrast about the image's mean by a factor in
-    1 ± `contrast`; then plus a number in ±`brightness`; then clipped.
+    With x in [0, 1]: x to the power exp(u), u in ±`gamma`; then contrast about the image's mean by a factor
+    in 1 ± `contrast`; then plus a number in ±`brightness`; then clipped.
 
     Args:
         brightness, contrast, gamma: half widths of the ranges above.

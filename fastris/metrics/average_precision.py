@@ -17,8 +17,8 @@ def average_precision(
 ) -> np.ndarray:
     """TP / (TP + FP + FN) at each IoU threshold, float64 (len(thresholds),).
 
-    A pair is a true positive if its IoU is *greater* than the threshold, as in the competition's rules; above one half
-    no instance can be in two such pairs. 1 where both are empty.
+    A pair is a true positive if its IoU is *greater* than the threshold, as in the competition's rules; above
+    one half no instance can be in two such pairs. 1 where both are empty.
 
     Args:
         pred, target: integer label maps (H, W), 0 = background.

@@ -10,8 +10,8 @@ from fastris.metrics.overlap import LabelMap, Overlap, overlap
 def best_dice(a: LabelMap, b: LabelMap) -> float:
     """Mean over the instances of `a` of the best Dice with any instance of `b`.
 
-    1 if both are empty, 0 if only one is. Minervini et al., "Finely-grained annotated datasets for image-based plant
-    phenotyping", 2016.
+    1 if both are empty, 0 if only one is. Minervini et al., "Finely-grained annotated datasets for
+    image-based plant phenotyping", 2016.
 
     Args:
         a, b: integer label maps (H, W), 0 = background.

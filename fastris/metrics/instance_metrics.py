@@ -43,7 +43,7 @@ class InstanceMetrics:
         return row
 
     def compute(self) -> dict[str, float]:
-        """Means over images: sbd, dic (of |DiC|), map, ap50, fbd, and the number of images; NaN without images."""
+        """Means over images of sbd, |DiC| (dic), map, ap50 and fbd, NaN without any; and their number."""
         images = len(self.rows)
         means = {
             key: sum(abs(row[key]) for row in self.rows) / images if images else math.nan
