@@ -124,8 +124,8 @@ class BuildNative(build_ext):
         assert torch_root is not None  # native_extensions() has looked
         build = Path(self.build_temp).resolve()
         build.mkdir(parents=True, exist_ok=True)
-        includes = [f"-I{ROOT / SOURCES}", f"-isystem{torch_root / 'include'}"]
-        python = f"-isystem{sysconfig.get_path('include')}"
+        includes = ["-I", str(ROOT / SOURCES), "-isystem", str(torch_root / "include")]
+        python = ["-isystem", sysconfig.get_path("include")]
         defines = [f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}", f"-DPy_LIMITED_API={PYTHON_LIMITED_API}"]
         flags = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off"]
         flags += ["-Wall", "-Wextra", "-Werror", "-DNDEBUG"]
@@ -141,7 +141,7 @@ class BuildNative(build_ext):
             link += [f"-L{cuda_root / 'lib64'}", "-lcudart_static", "-ldl", "-lrt", "-lpthread"]
         for source in ext.sources:
             target = build / (Path(source).as_posix().replace("/", "_") + ".o")
-            self._run([*_compiler(), *flags, *defines, *includes, python, "-c", source, "-o", str(target)])
+            self._run([*_compiler(), *flags, *defines, *includes, *python, "-c", source, "-o", str(target)])
             objects.append(target)
 
         # libtorch.so itself must be a dependency: it brings libtorch_cuda where there is one, and with it the

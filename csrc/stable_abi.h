@@ -1,0 +1,71 @@
+// Everything fastris needs from LibTorch's stable ABI, and every way around its gaps. No other file includes torch.
+#pragma once
+
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <cstdint>
+#include <optional>
+#include <tuple>
+#include <vector>
+
+namespace fastris {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+inline Tensor empty_on(const Tensor& like, std::vector<int64_t> sizes, ScalarType type) {
+  return torch::stable::new_empty(like, sizes, type);
+}
+
+}  // namespace fastris
+
+// FASTRIS_CHECK(condition, "assignment: cost must be ...", value): raises RuntimeError in Python.
+#define FASTRIS_CHECK(...) STD_TORCH_CHECK(__VA_ARGS__)
+
+#ifdef __CUDACC__
+
+#include <cuda_runtime.h>
+
+// Only a CUDA build of torch has this symbol. Weak, it is null on a CPU build instead of an import error; setup links
+// libtorch without --as-needed so that the dynamic loader finds it where it exists.
+extern "C" __attribute__((weak)) AOTITorchError
+aoti_torch_get_current_cuda_stream(int32_t device_index, void** ret_stream);
+
+// torch's own STD_CUDA_CHECK needs a symbol that CPU builds lack, hence this one.
+#define FASTRIS_CUDA_CHECK(call)                                                         \
+  do {                                                                                   \
+    const cudaError_t fastris_error = (call);                                            \
+    FASTRIS_CHECK(fastris_error == cudaSuccess, #call, ": ", cudaGetErrorString(fastris_error)); \
+  } while (0)
+
+namespace fastris {
+
+// Makes the tensor's device current for the scope and gives its current stream.
+class CudaScope {
+ public:
+  explicit CudaScope(const Tensor& tensor) : guard_(tensor.get_device_index()) {
+    const int32_t device = tensor.get_device_index();
+    // The CUDA runtime linked here is another copy than torch's: it wants to be told too. No synchronisation.
+    FASTRIS_CUDA_CHECK(cudaSetDevice(device));
+    FASTRIS_CHECK(aoti_torch_get_current_cuda_stream != nullptr, "fastris: this torch was built without CUDA");
+    void* stream = nullptr;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
+    stream_ = static_cast<cudaStream_t>(stream);
+  }
+
+  cudaStream_t stream() const { return stream_; }
+
+ private:
+  torch::stable::accelerator::DeviceGuard guard_;
+  cudaStream_t stream_ = nullptr;
+};
+
+}  // namespace fastris
+
+#endif  // __CUDACC__

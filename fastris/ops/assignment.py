@@ -1,0 +1,160 @@
+"""``assignment``: the batched Hungarian problem, ``torch.ops.fastris.assignment``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastris import backend, reference
+from fastris.reference.assignment import INFEASIBLE, INVALID, Assignment
+
+__all__ = ["INFEASIBLE", "INVALID", "Assignment", "assignment", "linear_sum_assignment"]
+
+# Schema
+
+_SIGNATURE = "(Tensor cost, Tensor? num_rows=None, Tensor? num_cols=None, bool maximize=False) -> (Tensor, Tensor)"
+_library = torch.library.Library("fastris", "FRAGMENT")
+for _name in ("assignment", "assignment_reference"):
+    _library.define(_name + _SIGNATURE)
+
+# Kernels: csrc/ registers the native ones; where it has none, and on demand, the reference runs
+
+
+def _reference(
+    cost: Tensor, num_rows: Tensor | None = None, num_cols: Tensor | None = None, maximize: bool = False
+) -> tuple[Tensor, Tensor]:
+    col_of_row, status = reference.assignment(cost, num_rows, num_cols, maximize)
+    return col_of_row, status
+
+
+for _name in ("assignment", "assignment_reference"):
+    _library.impl(_name, _reference, "CompositeExplicitAutograd")
+
+# Fake kernel
+
+
+def _fake(
+    cost: Tensor, num_rows: Tensor | None = None, num_cols: Tensor | None = None, maximize: bool = False
+) -> tuple[Tensor, Tensor]:
+    batch, rows, _ = cost.shape
+    return cost.new_empty((batch, rows), dtype=torch.int64), cost.new_empty((batch,), dtype=torch.int32)
+
+
+for _name in ("assignment", "assignment_reference"):
+    torch.library.register_fake(f"fastris::{_name}", _fake, lib=_library)
+
+# The door
+
+
+def assignment(
+    cost: Tensor,
+    num_rows: Tensor | None = None,
+    num_cols: Tensor | None = None,
+    maximize: bool = False,
+) -> Assignment:
+    """Cheapest one-to-one assignment of every matrix in a batch, on the device of the costs, without a host sync.
+
+    Optimal and deterministic, with :func:`scipy.optimize.linear_sum_assignment`'s own choice among ties. Bad costs
+    never raise: +inf (-inf when maximising) forbids an edge; NaN and the other infinity count as the worst finite
+    cost among the rows and columns in use (0 if there is none); a row that cannot be matched gets -1. Not
+    differentiable.
+
+    Args:
+        cost: (B, P, G), floating, integer or bool; solved in fp64.
+        num_rows: (B,) integers on the same device, how many leading rows of each matrix are in use; by default P.
+            Clamped to [0, P].
+        num_cols: (B,) integers on the same device, the same for columns and G.
+        maximize: look for the most expensive assignment.
+
+    Returns:
+        Assignment: ``col_of_row`` int64 (B, P), -1 for unmatched rows, and ``status`` int32 (B,): 0, or a sum of
+        ``INFEASIBLE`` (1: forbidden edges left fewer than min(rows, columns) pairs; the rows, or the columns where
+        there are fewer of those, that could not be added to the ones before them were skipped) and ``INVALID``
+        (2: NaN or the wrong infinity was replaced).
+
+    Raises:
+        TypeError: ``cost`` is no tensor.
+        ValueError: shapes, dtypes or devices that do not fit; the message names the argument.
+
+    Source:
+        D. F. Crouse, "On implementing 2D rectangular assignment algorithms", IEEE TAES 52(4), 2016.
+
+    Example:
+        >>> cost = torch.tensor([[[4.0, 1.0, 3.0], [2.0, 0.0, 5.0]]])
+        >>> fastris.assignment(cost).col_of_row
+        tensor([[1, 0]])
+    """
+    if not isinstance(cost, Tensor):
+        raise TypeError(f"assignment: cost must be a tensor, got {type(cost).__name__}")
+    if cost.dim() != 3 or cost.is_complex():
+        raise ValueError(f"assignment: cost must be real (B,P,G), got {_describe(cost)}")
+    cost = _widened(cost.detach())
+    rows = _counts("num_rows", num_rows, cost)
+    cols = _counts("num_cols", num_cols, cost)
+    native = backend.runs_native("assignment", cost.device.type)
+    operator = torch.ops.fastris.assignment if native else torch.ops.fastris.assignment_reference
+    return Assignment(*operator(cost, rows, cols, maximize))
+
+
+def linear_sum_assignment(cost: Any, maximize: bool = False) -> tuple[Any, Any]:
+    """:func:`scipy.optimize.linear_sum_assignment` for one matrix: same indices, same errors.
+
+    Args:
+        cost: (P, G) tensor on any device, or whatever NumPy makes an array of.
+        maximize: look for the most expensive assignment.
+
+    Returns:
+        ``(row_ind, col_ind)``, int64 (min(P, G),) each, rows ascending: tensors on the device of a tensor, NumPy
+        arrays otherwise. Reading the errors back from a GPU is a host sync; :func:`assignment` has none.
+
+    Raises:
+        ValueError: not a matrix; NaN or -inf (+inf when maximising) in it; no complete assignment.
+        TypeError: complex costs.
+    """
+    if not isinstance(cost, Tensor):
+        import numpy as np
+
+        array = np.asarray(cost)
+        if np.iscomplexobj(array):
+            raise TypeError("linear_sum_assignment: cost must be real, got complex numbers")
+        matrix = torch.from_numpy(np.array(array, dtype=np.float64, order="C"))
+        row_ind, col_ind = linear_sum_assignment(matrix, maximize)
+        return row_ind.numpy(), col_ind.numpy()
+    if cost.is_complex():
+        raise TypeError("linear_sum_assignment: cost must be real, got complex numbers")
+    if cost.dim() != 2:
+        raise ValueError(f"expected a matrix (2-D array), got a {cost.dim()} array")
+    col_of_row, status = assignment(cost.unsqueeze(0), maximize=maximize)
+    bits = int(status)
+    if bits & INVALID:
+        raise ValueError("matrix contains invalid numeric entries")
+    if bits & INFEASIBLE:
+        raise ValueError("cost matrix is infeasible")
+    row_ind = (col_of_row[0] >= 0).nonzero()[:, 0]
+    return row_ind, col_of_row[0][row_ind]
+
+
+def _widened(cost: Tensor) -> Tensor:
+    """fp32 or fp64 without rounding: halves fit fp32, integers up to 53 bits fit fp64."""
+    if cost.dtype in (torch.float32, torch.float64):
+        return cost
+    return cost.to(torch.float32 if cost.is_floating_point() else torch.float64)
+
+
+def _counts(name: str, counts: Tensor | None, cost: Tensor) -> Tensor | None:
+    if counts is None:
+        return None
+    if not isinstance(counts, Tensor):
+        raise TypeError(f"assignment: {name} must be a tensor, got {type(counts).__name__}")
+    integer = not (counts.is_floating_point() or counts.is_complex() or counts.dtype == torch.bool)
+    if not integer or tuple(counts.shape) != (cost.shape[0],):
+        raise ValueError(f"assignment: {name} must be integer ({cost.shape[0]},), got {_describe(counts)}")
+    if counts.device != cost.device:
+        raise ValueError(f"assignment: {name} must be on {cost.device} like cost, got {counts.device}")
+    return counts.to(torch.int64)
+
+
+def _describe(tensor: Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')} ({','.join(map(str, tensor.shape))})"
