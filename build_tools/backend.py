@@ -79,9 +79,7 @@ def get_requires_for_build_editable(config_settings: Settings = None) -> list[st
     return build_meta.get_requires_for_build_editable(config_settings) + _torch_requirement()
 
 
-def build_wheel(
-    wheel_directory: str, config_settings: Settings = None, metadata_directory: str | None = None
-) -> str:
+def build_wheel(wheel_directory: str, config_settings: Settings = None, metadata_directory: str | None = None) -> str:
     _use_target_torch()
     return build_meta.build_wheel(wheel_directory, config_settings, metadata_directory)
 

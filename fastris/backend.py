@@ -86,23 +86,21 @@ def has_native(operator: str, device_type: str) -> bool:
 
 
 def why_not_native(operator: str, device_type: str) -> tuple[str, str] | None:
-    """The reason that an operator runs on the reference back end on a type of device, and the remedy; None if native."""
+    """Why an operator runs on the reference back end on a type of device, and the remedy; None if it is native."""
     if device_type not in NATIVE_OPERATORS[operator]:
-        return f"{operator} has no native {device_type} kernel yet", "none needed: the reference is complete"
+        return f"no native {device_type} kernel in this version", "none needed: the reference is complete"
     if _extension is None:
-        remedy = "install g++ (or set CXX) and reinstall fastris"
-        return native_error() or "", remedy
-    if device_type == "cuda":
-        if not cuda_archs():
-            return (
-                "fastris was built without nvcc",
-                "put nvcc on PATH (or set CUDA_HOME) and reinstall with FASTRIS_CUDA=1",
-            )
-        if torch.version.cuda is None:
-            return f"torch {torch.__version__} was built without CUDA", "install a CUDA build of torch"
-        if not torch.cuda.is_available():
-            return "torch finds no CUDA device", "check the driver with nvidia-smi"
+        return native_error() or "", "install a C++ compiler with Python's headers (or set CXX), reinstall fastris"
+    if device_type == "cuda" and not cuda_archs():
+        return "fastris was built without nvcc", "put nvcc on PATH (or set CUDA_HOME), reinstall with FASTRIS_CUDA=1"
     return None
+
+
+def why_no_cuda() -> tuple[str, str]:
+    """Why nothing at all runs on CUDA here, and the remedy."""
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} is built without CUDA", "install a CUDA build of torch"
+    return "torch finds no CUDA device", "check the driver with nvidia-smi"
 
 
 def runs_native(operator: str, device_type: str) -> bool:

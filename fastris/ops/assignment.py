@@ -116,10 +116,9 @@ def linear_sum_assignment(cost: Any, maximize: bool = False) -> tuple[Any, Any]:
     if not isinstance(cost, Tensor):
         import numpy as np
 
-        array = np.asarray(cost)
-        if np.iscomplexobj(array):
+        if np.iscomplexobj(cost):
             raise TypeError("linear_sum_assignment: cost must be real, got complex numbers")
-        matrix = torch.from_numpy(np.array(array, dtype=np.float64, order="C"))
+        matrix = torch.from_numpy(np.array(cost, dtype=np.float64, order="C"))
         row_ind, col_ind = linear_sum_assignment(matrix, maximize)
         return row_ind.numpy(), col_ind.numpy()
     if cost.is_complex():
