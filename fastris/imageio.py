@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import struct
 import tempfile
@@ -33,9 +34,7 @@ def read_image(path: PathLike) -> np.ndarray:
     Raises:
         InputError: no such file, not an image, damaged, cut short or too large; the message names the file.
     """
-    from PIL import ImageOps
-
-    image = ImageOps.exif_transpose(_open(path))
+    image = _open(path, upright=True)
     if image.mode[0] in "IF":
         values = np.asarray(image).astype(np.float64)
         values = np.where(np.isfinite(values), values, 0.0)
@@ -147,9 +146,9 @@ def make_output_directory(path: PathLike) -> Path:
     return path
 
 
-def _open(path: PathLike) -> Image.Image:
-    """The decoded first frame of an image file."""
-    from PIL import Image, UnidentifiedImageError
+def _open(path: PathLike, upright: bool = False) -> Image.Image:
+    """The decoded first frame of an image file, turned as its EXIF data says if `upright`."""
+    from PIL import Image, ImageOps, UnidentifiedImageError
 
     path = Path(path)
     if path.is_dir():
@@ -157,8 +156,9 @@ def _open(path: PathLike) -> Image.Image:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # unreadable metadata and sizes that Pillow finds suspicious but reads
-            image = Image.open(path)
+            image = Image.open(io.BytesIO(path.read_bytes()))
             image.load()
+            return ImageOps.exif_transpose(image) if upright else image
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
     except UnidentifiedImageError:
@@ -170,7 +170,6 @@ def _open(path: PathLike) -> Image.Image:
     except (OSError, SyntaxError, ValueError, EOFError, IndexError, struct.error, MemoryError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise InputError(f"{path}: cannot read this image: {reason}") from None
-    return image
 
 
 def _umask() -> int:

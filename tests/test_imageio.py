@@ -135,7 +135,8 @@ def test_fractions_and_negative_ids_are_refused(tmp_path: Path) -> None:
 def test_label_maps_come_back(tmp_path: Path) -> None:
     labels = np.array([[0, 1], [300, 65535]], np.int32)
     write_label_map(tmp_path / "a.png", labels)
-    assert Image.open(tmp_path / "a.png").mode.startswith("I;16")
+    with Image.open(tmp_path / "a.png") as image:
+        assert image.mode.startswith("I;16")
     np.testing.assert_array_equal(read_label_map(tmp_path / "a.png"), labels)
     with pytest.raises(InputError, match="65536"):
         write_label_map(tmp_path / "a.png", labels + 1)
