@@ -26,7 +26,7 @@ def info() -> dict[str, Any]:
         "fastris": __version__,
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "cuda of torch": torch.version.cuda,
+        "cuda of torch": torch.version.cuda or "none",
     }
     versions.update({name: _version(name) for name in _PACKAGES})
     return {
