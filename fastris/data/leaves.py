@@ -53,13 +53,9 @@ class LeavesDataset(InstanceDataset):
         if max_instances is not None:
             fewest, most = min(fewest, max_instances), min(most, max_instances)
         if length < 1 or size < 16:
-            raise InputError(
-                f"LeavesDataset: length must be at least 1, size 16, got {length}, {size}"
-            )
+            raise InputError(f"LeavesDataset: length must be at least 1, size 16, got {length}, {size}")
         if not 1 <= fewest <= most:
-            raise InputError(
-                f"LeavesDataset: num_leaves must be (fewest, most) >= 1, got {fewest, most}"
-            )
+            raise InputError(f"LeavesDataset: num_leaves must be (fewest, most) >= 1, got {fewest, most}")
         self.size = size
         self.num_leaves = fewest, most
         self.seed = seed

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import struct
 import zipfile
 import zlib
 from pathlib import Path, PurePosixPath
@@ -79,7 +80,7 @@ class NucleiDataset(InstanceDataset):
     def _read(self, index: int) -> Sample:
         name = self.names[index]
         path = self._images[name]
-        image = self._decode(path, "RGB")
+        image = self._image(path)
         mask_paths = self._masks.get(name)
         if not mask_paths:
             raise InputError(f"{self.files.describe(path)}: image without masks; expected {_LAYOUT}")
@@ -87,10 +88,8 @@ class NucleiDataset(InstanceDataset):
         for label, mask_path in enumerate(sorted(mask_paths), start=1):
             mask = self._decode(mask_path, "L")
             if mask.shape != labels.shape:
-                raise InputError(
-                    f"{self.files.describe(mask_path)}: mask is {mask.shape[1]}x{mask.shape[0]} pixels, "
-                    f"its image {labels.shape[1]}x{labels.shape[0]}"
-                )
+                sizes = "a mask of {1}x{0} pixels for an image of {3}x{2}".format(*mask.shape, *labels.shape)
+                raise InputError(f"{self.files.describe(mask_path)}: {sizes}")
             rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
             if rows.size:
                 box = slice(rows[0], rows[-1] + 1), slice(columns[0], columns[-1] + 1)
@@ -98,17 +97,30 @@ class NucleiDataset(InstanceDataset):
                 view[(mask[box] != 0) & (view == 0)] = label
         return sample_from_arrays(image, labels, name)
 
+    def _image(self, path: str) -> np.ndarray:
+        """RGB uint8 (H, W, 3), without alpha."""
+        if isinstance(self.files, _DirectoryFiles):
+            from fastris.imageio import read_image
+
+            return read_image(self.files.root / path)
+        return self._decode(path, "RGB")
+
     def _decode(self, path: str, mode: str) -> np.ndarray:
-        """A file's pixels: "RGB" uint8 (H, W, 3) without alpha, "L" uint8 (H, W)."""
+        """A file's pixels: "RGB" uint8 (H, W, 3), or "L" uint8 (H, W)."""
         from PIL import Image
 
         try:
             with Image.open(io.BytesIO(self.files.read(path))) as image:
-                if mode == "L" and image.mode in ("I", "I;16"):  # converting these to L would clip, not scale
-                    return (np.asarray(image) != 0).astype(np.uint8)
-                return np.asarray(image.convert(mode))
-        except (OSError, SyntaxError, ValueError) as error:
-            raise InputError(f"{self.files.describe(path)}: cannot decode image ({error})") from error
+                if image.mode[0] not in "IF":
+                    return np.asarray(image.convert(mode))
+                deep = np.asarray(image)
+        except (OSError, SyntaxError, ValueError, IndexError, struct.error) as error:
+            if isinstance(error, InputError):
+                raise
+            raise InputError(f"{self.files.describe(path)}: cannot read this image: {error}") from error
+        if mode == "RGB":
+            raise InputError(f"{self.files.describe(path)}: expected 8 bits a channel, got more")
+        return (deep != 0).astype(np.uint8)
 
 
 class _DirectoryFiles:

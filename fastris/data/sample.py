@@ -67,7 +67,7 @@ def relabel(labels: np.ndarray, min_area: int = 1) -> np.ndarray:
 
 def sample_from_arrays(image: np.ndarray, labels: np.ndarray, name: str) -> Sample:
     """A :class:`Sample` from an RGB image uint8 (H, W, 3) and any non-negative instance ids (H, W)."""
-    channels_first = np.ascontiguousarray(image.transpose(2, 0, 1))
+    channels_first = image.transpose(2, 0, 1).copy()  # an array from Pillow is read-only
     return Sample(torch.from_numpy(channels_first), torch.from_numpy(relabel(labels)), name)
 
 
