@@ -40,7 +40,8 @@ def passed(result: subprocess.CompletedProcess[str]) -> str:
 
 def pip(python: Path, *arguments: str | Path, cwd: Path, **environment: str) -> str:
     command = (sys.executable, "-m", "pip", "--python", python, *arguments)
-    return passed(run(*command, cwd=cwd, **environment))
+    result = run(*command, cwd=cwd, **environment)
+    return passed(result) + result.stderr
 
 
 @pytest.fixture
@@ -162,4 +163,5 @@ def test_a_failing_cuda_build_is_fatal_only_where_cuda_was_demanded(source: Path
     assert demanded.returncode != 0 and "FASTRIS_CUDA=1" in demanded.stderr
     welcome = run(*build, cwd=source, FASTRIS_CUDA_ARCHS="1.0")
     assert welcome.returncode == 0 and "without its CUDA kernels" in welcome.stderr
-    assert passed(run(python, "-c", USE, cwd=source)) == "None|\n"
+    loaded = "from fastris import backend; print(backend.native_error(), backend.cuda_archs(), sep='|')"
+    assert passed(run(python, "-c", loaded, cwd=source)).strip() == "None|"
