@@ -206,8 +206,8 @@ class RandomRotation:
             turns = _integer(4, generator)
             if turns == 0:
                 return sample
-            image = np.rot90(sample.image.numpy(), turns, (-2, -1))
-            return _sample(image, np.rot90(sample.labels.numpy(), turns), sample.name)
+            quarter = np.rot90(sample.image.numpy(), turns, (-2, -1))
+            return _sample(quarter, np.rot90(sample.labels.numpy(), turns), sample.name)
         from PIL import Image
 
         angle = math.radians(_uniform(-self.degrees, self.degrees, generator))

@@ -47,7 +47,7 @@ def mask(*boxes: tuple[int, int, int, int], shape: tuple[int, int] = (16, 20)) -
 
 @pytest.fixture
 def nuclei(tmp_path: Path) -> Path:
-    """Three images in Kaggle's layout: two nuclei that overlap and an empty mask; one; one in 24x24 pixels."""
+    """Three images in Kaggle's layout: two nuclei that overlap and an empty mask; one; one in 24x24."""
     root = tmp_path / "nuclei"
     save(root / "a/images/a.png", noise(seed=1))
     save(root / "a/masks/m1.png", mask((2, 8, 2, 8)))
@@ -432,3 +432,27 @@ class TestRealNuclei:
             assert 1 <= sample.count <= 20
             files = [path for path in dataset.files.list() if f"{sample.name}/masks/" in path]
             assert sample.count <= len(files)
+
+
+class TestShippedSamples:
+    samples = ROOT / "fastris/samples"
+
+    def test_are_held_out_small_and_readable(self):
+        dataset = FolderDataset(self.samples, "all", max_instances=20)
+        assert len(dataset) == 6
+        assert all(4 <= sample.count <= 20 for sample in dataset)
+        assert sum(path.stat().st_size for path in self.samples.iterdir()) < 600_000
+        ids = [
+            line.split("`")[1] for line in (self.samples / "README.md").read_text("utf-8").splitlines()[-6:]
+        ]
+        assert all(in_validation(name) for name in ids)
+        assert sorted(name[:8] for name in ids) == dataset.names
+
+    @needs_real
+    def test_are_what_the_zip_holds(self):
+        real = NucleiDataset(REAL, "validation")
+        names = [name[:8] for name in real.names]
+        for sample in FolderDataset(self.samples):
+            original = real[names.index(sample.name)]
+            assert torch.equal(sample.image, original.image)
+            assert torch.equal(sample.labels, original.labels)
