@@ -220,7 +220,7 @@ def _centres(labels: np.ndarray) -> list[tuple[int, tuple[int, int], int]]:
     ids, rows, columns = ids[order], rows[order], columns[order]
     starts = np.flatnonzero(np.diff(ids, prepend=0))
     result = []
-    for start, end in zip(starts, [*starts[1:], ids.size], strict=True):
+    for start, end in zip(starts, np.append(starts, ids.size)[1:], strict=True):
         own_rows, own_columns = rows[start:end], columns[start:end]
         distance = (own_rows - own_rows.mean()) ** 2 + (own_columns - own_columns.mean()) ** 2
         nearest = int(distance.argmin())

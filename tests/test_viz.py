@@ -1,0 +1,96 @@
+"""Overlays, panels and contact sheets."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from fastris.errors import InputError
+from fastris.instances import Instances
+from fastris.viz import FILL, LARGE, PALETTE, contact_sheet, overlay, panel
+
+IMAGE = np.full((64, 80, 3), 100, np.uint8)
+LABELS = np.zeros((64, 80), np.int32)
+LABELS[10:30, 10:30] = 1
+LABELS[30:60, 30:70] = 2
+
+
+def test_instances_are_tinted_outlined_and_the_rest_is_left() -> None:
+    picture = np.asarray(overlay(IMAGE, LABELS, numbers=False))
+    scale = picture.shape[0] // 64
+    assert picture.shape == (64 * scale, 80 * scale, 3)
+    for label, (row, column) in ((1, (15, 15)), (2, (50, 60))):
+        tint = np.round((1 - FILL) * 100 + FILL * PALETTE[label - 1])
+        np.testing.assert_array_equal(picture[row * scale, column * scale], tint)
+    np.testing.assert_array_equal(picture[10 * scale, 20 * scale], PALETTE[0])
+    assert (picture[: 10 * scale] == 100).all()
+
+
+def test_numbers_are_drawn_inside_their_instance() -> None:
+    plain = np.asarray(overlay(IMAGE, LABELS, numbers=False)).astype(int)
+    numbered = np.asarray(overlay(IMAGE, LABELS)).astype(int)
+    scale = plain.shape[0] // 64
+    changed = np.abs(plain - numbered).sum(axis=2) > 0
+    large = np.kron(LABELS, np.ones((scale, scale), int))
+    assert set(large[changed].tolist()) == {1, 2}
+
+
+@pytest.mark.parametrize(
+    "image",
+    [IMAGE, IMAGE[:, :, 0], torch.from_numpy(IMAGE.copy()).permute(2, 0, 1) / 255, Image.fromarray(IMAGE), "path"],
+    ids=["array", "grey", "tensor", "pil", "path"],
+)
+def test_all_kinds_of_image_look_the_same(tmp_path: Path, image: object) -> None:
+    if isinstance(image, str):
+        image = tmp_path / "a.png"
+        Image.fromarray(IMAGE).save(image)
+    np.testing.assert_array_equal(np.asarray(overlay(image, LABELS)), np.asarray(overlay(IMAGE, LABELS)))
+
+
+def test_label_maps_and_instances_look_the_same() -> None:
+    instances = Instances.from_label_map(LABELS)
+    expected = np.asarray(overlay(IMAGE, LABELS))
+    np.testing.assert_array_equal(np.asarray(instances.plot(IMAGE)), expected)
+    np.testing.assert_array_equal(np.asarray(overlay(IMAGE, torch.from_numpy(LABELS))), expected)
+
+
+def test_a_very_large_image_is_reduced_and_a_pixel_is_enlarged() -> None:
+    assert max(overlay(np.zeros((2100, 3000), np.uint8), np.zeros((2100, 3000), np.int32)).size) == LARGE
+    assert overlay(IMAGE[:1, :1], LABELS[:1, :1]).size == (512, 512)
+    assert overlay(IMAGE[:1], LABELS[:1]).size[1] >= 1
+
+
+def test_hundreds_of_instances_are_drawn() -> None:
+    labels = np.arange(1, 401, dtype=np.int32).reshape(20, 20).repeat(8, 0).repeat(8, 1)
+    assert overlay(np.zeros((160, 160), np.uint8), labels).size == (480, 480)
+
+
+def test_other_sizes_and_types_are_refused() -> None:
+    with pytest.raises(InputError, match="instances"):
+        overlay(IMAGE, LABELS[:-1])
+    with pytest.raises(InputError, match="integer labels"):
+        overlay(IMAGE, LABELS / 2)
+    with pytest.raises(InputError, match="int64"):
+        overlay(IMAGE.astype(np.int64), LABELS)
+
+
+def test_a_panel_has_a_third_picture_only_with_ground_truth() -> None:
+    two = panel(IMAGE, Instances.from_label_map(LABELS), title="a title " * 100)
+    three = panel(IMAGE, LABELS, LABELS, title="a")
+    assert three.width > two.width * 1.4
+    assert three.height == two.height
+    assert panel(IMAGE, LABELS).height < two.height
+    assert panel(IMAGE, np.zeros_like(LABELS), np.zeros_like(LABELS)).size == (three.width, panel(IMAGE, LABELS).height)
+
+
+def test_a_contact_sheet_holds_every_panel() -> None:
+    panels = [Image.new("RGB", (300, 100), (k, 0, 0)) for k in range(10, 15)]
+    sheet = np.asarray(contact_sheet(panels, title="a"))
+    assert set(range(10, 15)) <= set(np.unique(sheet[:, :, 0][(sheet[:, :, 1] == 0)]).tolist())
+    assert contact_sheet(panels, columns=1).height > contact_sheet(panels, columns=2).height
+    with pytest.raises(InputError, match="panel"):
+        contact_sheet([])
