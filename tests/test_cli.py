@@ -1,0 +1,420 @@
+"""The command line: what it writes, and one line and exit code 2 for every kind of bad input."""
+
+from __future__ import annotations
+
+import csv
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import fastris
+from fastris.cli import main
+from fastris.commands.predict import expand, output_stems
+from fastris.imageio import read_label_map, write_label_map
+from fastris.instances import Instances
+from fastris.loading import save
+from fastris.nn import ModelConfig, RecurrentInstanceSegmenter
+
+SMALL = ModelConfig(feature_channels=8, backbone_channels=(8, 8, 16, 16), hidden_channels=8, layers=1, max_steps=3)
+
+
+def two_boxes(self: object, image: Any, max_steps: int | None = None, **_: object) -> Instances:
+    """A stand-in for a trained model: two rectangles that overlap in a quarter of the image."""
+    array = np.asarray(image)
+    height, width = array.shape[:2] if array.shape[-1] == 3 else array.shape[-2:]
+    masks = np.zeros((2, height, width), bool)
+    masks[0, : -(-height * 3 // 4), : -(-width * 3 // 4)] = True
+    masks[1, height // 2 :, width // 2 :] = True
+    count = min(2, max_steps or 2)
+    return Instances(masks[:count], np.array([0.9, 0.75])[:count], (height, width))
+
+
+@pytest.fixture
+def finder(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(RecurrentInstanceSegmenter, "predict", two_boxes)
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> str:
+    torch.manual_seed(0)
+    model = RecurrentInstanceSegmenter(SMALL)
+    with torch.no_grad():
+        model.confidence_head.linear.bias.fill_(5.0)  # sure of an object at every step
+    path = tmp_path_factory.mktemp("weights") / "small.safetensors"
+    save(path, model)
+    return str(path)
+
+
+def picture(path: Path, shape: tuple[int, ...] = (32, 40, 3), dtype: type = np.uint8) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    top = np.iinfo(dtype).max
+    values = np.random.default_rng(0).integers(0, top, shape, dtype=dtype, endpoint=True)
+    Image.fromarray(values).save(path)
+    return path
+
+
+def truncated(path: Path) -> Path:
+    path.write_bytes(picture(path).read_bytes()[:500])
+    return path
+
+
+def rows(out: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (out / "predictions.jsonl").read_text().splitlines()]
+
+
+def errors(capsys: pytest.CaptureFixture[str]) -> list[str]:
+    """The lines on stderr, all of which must be errors."""
+    lines = capsys.readouterr().err.splitlines()
+    assert all(line.startswith("fastris: error: ") for line in lines), lines
+    return lines
+
+
+def test_help_imports_nothing_heavy() -> None:
+    code = (
+        "import sys, fastris.cli\n"
+        "try: fastris.cli.main(['--help'])\n"
+        "except SystemExit: pass\n"
+        "print(sorted({'torch', 'numpy', 'PIL'} & set(sys.modules)))"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert out.splitlines()[-1] == "[]"
+    for command in ("demo", "train", "predict", "evaluate", "info"):
+        assert command in out
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["--version"])
+    assert caught.value.code == 0
+    assert capsys.readouterr().out == f"fastris {fastris.__version__}\n"
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        [],
+        ["unknown"],
+        ["predict", "--threshold", "2", "a.png"],
+        ["predict", "--max-steps", "0", "a.png"],
+        ["predict", "--backend", "other", "a.png"],
+        ["evaluate"],
+        ["evaluate", "--data", "leaves", "--size", "1x2x3"],
+    ],
+)
+def test_wrong_options_exit_with_2(argv: list[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(argv)
+    assert caught.value.code == 2
+
+
+def test_info(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["info"]) == 0
+    assert "assignment" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("finder")
+def test_predict_writes_everything(tmp_path: Path, weights: str) -> None:
+    image = picture(tmp_path / "in" / "cells.png")
+    out = tmp_path / "deep" / "out"
+    assert main(["predict", str(image), "--weights", weights, "--out", str(out), "--coco"]) == 0
+    assert {path.name for path in out.iterdir()} == {
+        "cells_label.png",
+        "cells_overlay.png",
+        "predictions.jsonl",
+        "predictions.csv",
+        "coco.json",
+    }
+    labels = read_label_map(out / "cells_label.png")
+    assert labels.shape == (32, 40)
+    assert labels[16, 20] == 1  # where both are, the first found wins
+    assert labels[31, 39] == 2
+
+    (row,) = rows(out)
+    assert (row["file"], row["count"], row["height"], row["width"]) == (str(image), 2, 32, 40)
+    assert row["instances"][1] == {"index": 2, "score": 0.75, "area": 16 * 20, "box": [20, 16, 40, 32]}
+    assert (out / row["label"]).exists()
+    assert (out / row["overlay"]).exists()
+
+    with (out / "predictions.csv").open(newline="") as file:
+        (line,) = csv.DictReader(file)
+    assert line == {
+        "file": str(image),
+        "count": "2",
+        "scores": "0.9;0.75",
+        "areas": "720;320",
+        "boxes": "0 0 30 24;20 16 40 32",
+    }
+
+    coco = json.loads((out / "coco.json").read_text())
+    assert coco["images"] == [{"id": 1, "file_name": str(image), "height": 32, "width": 40}]
+    assert [(one["id"], one["image_id"], one["bbox"]) for one in coco["annotations"]] == [
+        (1, 1, [0, 0, 30, 24]),
+        (2, 1, [20, 16, 20, 16]),
+    ]
+
+
+def test_predict_with_a_real_model(tmp_path: Path, weights: str) -> None:
+    image = picture(tmp_path / "a.png", (50, 70, 3))
+    out = tmp_path / "out"
+    assert main(["predict", str(image), "--weights", weights, "--out", str(out), "--max-steps", "2"]) == 0
+    (row,) = rows(out)
+    assert row["count"] <= 2
+    assert read_label_map(out / "a_label.png").shape == (50, 70)
+
+
+@pytest.mark.usefixtures("finder")
+def test_folders_and_globs(tmp_path: Path, weights: str) -> None:
+    folder = tmp_path / "in"
+    for name in ("b.png", "a.jpg", "c.tif", "c_label.png", "notes.txt"):
+        picture(folder / name) if name != "notes.txt" else (folder / name).write_text("no image")
+    out = tmp_path / "out"
+    assert main(["predict", str(folder), str(folder / "[ab].*"), "--weights", weights, "--out", str(out)]) == 0
+    assert [Path(row["file"]).name for row in rows(out)] == ["a.jpg", "b.png", "c.tif"]  # each once
+
+
+@pytest.mark.usefixtures("finder")
+def test_equal_names_from_different_folders_do_not_overwrite_each_other(tmp_path: Path, weights: str) -> None:
+    paths = [picture(tmp_path / name) for name in ("one/a.png", "two/a.png", "two/a.jpg", "two/b.png")]
+    out = tmp_path / "out"
+    assert main(["predict", *map(str, paths), "--weights", weights, "--out", str(out)]) == 0
+    labels = [row["label"] for row in rows(out)]
+    assert labels == ["one_a_label.png", "two_a_label.png", "two_a-2_label.png", "b_label.png"]
+    assert len(list(out.glob("*_label.png"))) == len(list(out.glob("*_overlay.png"))) == 4
+
+
+def test_output_names_never_collide() -> None:
+    paths = [Path(name) for name in ("x/a.png", "y/A.png", "z/x_a.png", "q/x/a.png", "w/x_a-2.png", "z/a.png")]
+    stems = output_stems(paths)
+    assert len({stem.lower() for stem in stems}) == len(paths)
+    assert stems[2] == "x_a"
+
+
+def test_a_file_whose_name_looks_like_a_pattern_is_that_file(tmp_path: Path) -> None:
+    path = picture(tmp_path / "a[1].png")
+    assert expand([str(path)]) == ([path], [])
+
+
+@pytest.mark.usefixtures("finder")
+@pytest.mark.parametrize("bad", ["truncated", "corrupt", "missing", "no match", "empty folder"])
+def test_one_bad_input_gives_one_line_and_the_others_are_processed(
+    tmp_path: Path, weights: str, capsys: pytest.CaptureFixture[str], bad: str
+) -> None:
+    good = picture(tmp_path / "good.png"), picture(tmp_path / "last.png")
+    path = tmp_path / "bad.png"
+    if bad == "truncated":
+        truncated(path)
+    elif bad == "corrupt":
+        path.write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(200))
+    elif bad == "no match":
+        path = tmp_path / "bad*.jpg"
+    elif bad == "empty folder":
+        path.mkdir()
+    out = tmp_path / "out"
+    argv = ["predict", str(good[0]), str(path), str(good[1]), "--weights", weights, "--out", str(out)]
+    assert main(argv) == 2
+    (line,) = errors(capsys)
+    assert str(path) in line
+    assert [row["file"] for row in rows(out)] == list(map(str, good))
+    assert not list(out.glob("bad*"))
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype"),
+    [
+        ((33, 47), np.uint8),
+        ((33, 47), np.uint16),
+        ((33, 47, 4), np.uint8),
+        ((1, 1), np.uint8),
+        ((1, 1, 3), np.uint8),
+        ((1, 300, 3), np.uint8),
+    ],
+)
+def test_grey_16_bit_rgba_and_tiny_images_are_processed(
+    tmp_path: Path, weights: str, shape: tuple[int, ...], dtype: type
+) -> None:
+    image = picture(tmp_path / "a.png", shape, dtype)
+    out = tmp_path / "out"
+    assert main(["predict", str(image), "--weights", weights, "--out", str(out)]) == 0
+    assert read_label_map(out / "a_label.png").shape == shape[:2]
+
+
+def test_5000_by_5000_pixels_are_processed(tmp_path: Path, weights: str, capsys: pytest.CaptureFixture[str]) -> None:
+    image = tmp_path / "large.png"
+    rows_, columns = np.mgrid[:5000, :5000]
+    Image.fromarray(((rows_ // 20 + columns // 20) % 200).astype(np.uint8)).save(image, compress_level=1)
+    out = tmp_path / "out"
+    assert main(["predict", str(image), "--weights", weights, "--out", str(out)]) == 0
+    assert read_label_map(out / "large_label.png").shape == (5000, 5000)
+    assert "large.png" in capsys.readouterr().err  # says that the image was looked at in smaller form
+
+
+def test_nan_weights(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = RecurrentInstanceSegmenter(SMALL)
+    with torch.no_grad():
+        model.confidence_head.linear.bias.fill_(float("nan"))
+    path = tmp_path / "nan.safetensors"
+    save(path, model)
+    refused(path, tmp_path, capsys)
+
+
+def test_weights_of_another_architecture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from safetensors.torch import save_file
+
+    path = tmp_path / "other.safetensors"
+    header = {"config": SMALL.to_dict(), "metadata": {}}
+    save_file({"conv.weight": torch.zeros(2, 2)}, path, {"fastris": json.dumps(header)})
+    refused(path, tmp_path, capsys)
+
+
+@pytest.mark.parametrize("content", [None, b"", b"not safetensors at all"])
+def test_missing_or_damaged_weights(tmp_path: Path, capsys: pytest.CaptureFixture[str], content: bytes | None) -> None:
+    path = tmp_path / "broken.safetensors"
+    if content is not None:
+        path.write_bytes(content)
+    refused(path, tmp_path, capsys)
+
+
+def refused(path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """`predict` and `evaluate` with these weights exit with 2 and one line that names the file."""
+    image = picture(tmp_path / "a.png")
+    for argv in (["predict", str(image)], ["evaluate", "--data", "leaves:2", "--split", "all"]):
+        assert main([*argv, "--weights", str(path), "--out", str(tmp_path / "out")]) == 2
+        (line,) = errors(capsys)
+        assert str(path) in line
+
+
+@pytest.mark.parametrize("command", [["predict", "missing.png"], ["demo"], ["evaluate", "--data", "leaves:2"]])
+def test_an_unwritable_output_directory_stops_before_any_work(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, command: list[str]
+) -> None:
+    blocked = tmp_path / "file"
+    blocked.write_text("")
+    monkeypatch.setattr("fastris.loading.load", lambda _: pytest.fail("loaded a model first"))
+    monkeypatch.setattr("fastris.commands.demo.sample_pairs", list)
+    assert main([*command, "--out", str(blocked / "out")]) == 2
+    (line,) = errors(capsys)
+    assert str(blocked / "out") in line
+
+
+def test_coco_without_pycocotools_stops_before_any_work(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "pycocotools", None)
+    out = tmp_path / "out"
+    assert main(["predict", str(picture(tmp_path / "a.png")), "--coco", "--out", str(out)]) == 2
+    (line,) = errors(capsys)
+    assert "fastris[coco]" in line
+    assert not out.exists()
+
+
+def test_no_input_and_no_such_device(tmp_path: Path, weights: str, capsys: pytest.CaptureFixture[str]) -> None:
+    out = str(tmp_path / "out")
+    assert main(["predict", "--out", out]) == 2
+    assert main(["predict", "a.png", "--out", out, "--weights", weights, "--device", "abacus"]) == 2
+    lines = errors(capsys)
+    assert len(lines) == 2
+    assert "--device abacus" in lines[1]
+
+
+def test_an_interrupted_run_keeps_what_it_wrote(tmp_path: Path, weights: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+
+    def interrupted(self: object, image: Any, **options: Any) -> Instances:
+        calls.append(image)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return two_boxes(self, image)
+
+    monkeypatch.setattr(RecurrentInstanceSegmenter, "predict", interrupted)
+    paths = [picture(tmp_path / name) for name in ("a.png", "b.png")]
+    out = tmp_path / "out"
+    assert main(["predict", *map(str, paths), "--weights", weights, "--out", str(out)]) == 1
+    assert [row["file"] for row in rows(out)] == [str(paths[0])]
+
+
+@pytest.mark.usefixtures("finder")
+def test_evaluate_writes_metrics_rows_and_settings(
+    tmp_path: Path, weights: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    argv = ["evaluate", "--data", "leaves:4", "--split", "all", "--seed", "1", "--weights", weights, "--out", str(out)]
+    assert main(argv) == 0
+    printed = capsys.readouterr().out
+    for column in ("SBD", "|DiC|", "mAP", "AP@0.5", "images"):
+        assert column in printed
+    report = json.loads((out / "evaluate.json").read_text())
+    assert report["settings"]["data"] == "leaves:4"
+    assert report["settings"]["seed"] == 1
+    assert report["metrics"]["images"] == len(report["images"]) == 4
+    mean = sum(row["sbd"] for row in report["images"]) / 4
+    assert report["metrics"]["sbd"] == pytest.approx(mean)
+
+
+def labelled(folder: Path, name: str) -> tuple[Path, Path]:
+    """An image with the two rectangles that the stand-in finds as its ground truth."""
+    image = picture(folder / f"{name}_rgb.png")
+    label = folder / f"{name}_label.png"
+    write_label_map(label, two_boxes(None, np.zeros((32, 40, 3))).label_map())
+    return image, label
+
+
+@pytest.mark.usefixtures("finder")
+@pytest.mark.parametrize("bad", ["mask of another size", "no mask", "truncated image", "truncated mask"])
+def test_evaluate_names_the_bad_pair_and_measures_the_others(
+    tmp_path: Path, weights: str, capsys: pytest.CaptureFixture[str], bad: str
+) -> None:
+    folder, out = tmp_path / "in", tmp_path / "out"
+    for name in ("a", "c"):
+        labelled(folder, name)
+    image, label = labelled(folder, "b")
+    if bad == "mask of another size":
+        write_label_map(label, np.ones((31, 40), np.int32))
+    elif bad == "no mask":
+        label.unlink()
+    else:
+        truncated(image if bad == "truncated image" else label)
+    argv = ["evaluate", "--data", str(folder), "--split", "all", "--weights", weights, "--out", str(out)]
+    assert main(argv) == 2
+    (line,) = errors(capsys)
+    assert "b_" in line
+    report = json.loads((out / "evaluate.json").read_text())
+    assert (report["metrics"]["images"], report["failed"], report["metrics"]["sbd"]) == (2, 1, 1.0)
+
+
+def test_evaluate_without_data_names_what_was_given(
+    tmp_path: Path, weights: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "empty").mkdir()
+    picture(tmp_path / "images_only" / "a.png")
+    (tmp_path / "not.zip").write_text("")
+    for data in ("empty", "images_only", "not.zip", "missing"):
+        path = str(tmp_path / data)
+        argv = ["evaluate", "--data", path, "--split", "all", "--weights", weights, "--out", str(tmp_path / "out")]
+        assert main(argv) == 2
+        lines = errors(capsys)
+        assert lines
+        assert path in lines[-1]
+
+
+@pytest.mark.usefixtures("finder")
+def test_demo_writes_the_contact_sheet(
+    tmp_path: Path, weights: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pairs = [labelled(tmp_path / "samples", name) for name in ("a", "b")]
+    monkeypatch.setattr("fastris.commands.demo.sample_pairs", lambda: pairs)
+    out = tmp_path / "out"
+    assert main(["demo", "--weights", weights, "--out", str(out)]) == 0
+    printed = capsys.readouterr().out
+    assert str(out / "demo.png") in printed
+    for column in ("file", "found", "true", "SBD"):
+        assert column in printed
+    assert {path.name for path in out.iterdir()} == {"demo.png", "a_label.png", "b_label.png"}
+    with Image.open(out / "demo.png") as sheet:
+        assert sheet.width > 600
