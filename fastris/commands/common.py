@@ -92,6 +92,7 @@ def find_instances(model: RecurrentInstanceSegmenter, image: Any, name: str, arg
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         instances = model.predict(image, max_steps=args.max_steps, threshold=args.threshold)
+    assert not isinstance(instances, list)  # as one image went in
     for warning in caught:
         if issubclass(warning.category, UserWarning):
             note(f"{name}: {str(warning.message).removeprefix('image: ')}")

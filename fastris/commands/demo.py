@@ -5,9 +5,13 @@ from __future__ import annotations
 import argparse
 from importlib import resources
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from fastris.commands.common import add_model_options, find_instances, load_model, table
 from fastris.errors import InputError
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 HELP = "run the shipped model on the sample images and draw what it finds"
 
@@ -27,7 +31,8 @@ def run(args: argparse.Namespace) -> int:
     samples = sample_pairs()
     out = make_output_directory(args.out)
     model = load_model(args)
-    panels, rows = [], []
+    panels: list[Image.Image] = []
+    rows: list[tuple[str, int, int, float]] = []
     for image_path, label_path in samples:
         image, labels = read_image(image_path), read_label_map(label_path)
         name = image_path.name.removesuffix("_rgb.png")
@@ -40,8 +45,9 @@ def run(args: argparse.Namespace) -> int:
         write_label_map(out / f"{name}_label.png", found)
     path = out / "demo.png"
     write_image(path, contact_sheet(panels))
-    rows.append(("mean", *(sum(row[k] for row in rows) / len(rows) for k in (1, 2, 3))))
-    print(table(("file", "found", "true", "SBD"), rows))
+    found_total, true_total = sum(row[1] for row in rows), sum(row[2] for row in rows)
+    total = ("total, mean SBD", found_total, true_total, sum(row[3] for row in rows) / len(rows))
+    print(table(("file", "found", "true", "SBD"), [*rows, total]))
     print(f"\nwrote {path}")
     return 0
 
