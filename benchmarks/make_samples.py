@@ -26,8 +26,8 @@ README = """# Sample images
 
 Six images with {total} nuclei from stage 1 of the [2018 Data Science Bowl](https://www.kaggle.com/c/data-science-bowl-2018)
 (image set [BBBC038](https://bbbc.broadinstitute.org/BBBC038) of the Broad Bioimage Benchmark Collection),
-dedicated to the public domain under [CC0 1.0](https://creativecommons.org/publicdomain/zero/1.0/). All belong to
-the validation split (`fastris.data.in_validation`): no shipped model was trained on them.
+dedicated to the public domain under [CC0 1.0](https://creativecommons.org/publicdomain/zero/1.0/). All
+belong to the validation split (`fastris.data.in_validation`): no shipped model was trained on them.
 
 `<id>_rgb.png` is the image without its alpha channel, `<id>_label.png` the masks as one 16-bit label map,
 0 = background.
@@ -40,9 +40,7 @@ the validation split (`fastris.data.in_validation`): no shipped model was traine
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True, help="DSB2018 stage1_train.zip, or its directory")
     parser.add_argument("--out", type=Path, default=Path(__file__).parents[1] / "fastris" / "samples")
     arguments = parser.parse_args()
@@ -56,9 +54,7 @@ def main() -> None:
         height, width = sample.size
         rows.append(f"| {short} | `{sample.name}` | {width}×{height} | {sample.count} | {what} |")
         total += sample.count
-    (arguments.out / "README.md").write_text(
-        README.format(total=total, rows="\n".join(rows)), encoding="utf-8"
-    )
+    (arguments.out / "README.md").write_text(README.format(total=total, rows="\n".join(rows)), encoding="utf-8")
 
 
 if __name__ == "__main__":

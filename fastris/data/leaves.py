@@ -70,9 +70,7 @@ class LeavesDataset(InstanceDataset):
         return sample_from_arrays(image, labels, self.names[index])
 
 
-def _draw(
-    random: np.random.Generator, size: int, count: int, min_visible: float
-) -> tuple[np.ndarray, np.ndarray]:
+def _draw(random: np.random.Generator, size: int, count: int, min_visible: float) -> tuple[np.ndarray, np.ndarray]:
     """One plant: image uint8 (size, size, 3) and labels int32 (size, size) with `count` leaves."""
     grid = (np.arange(size) + 0.5) / size * 2 - 1
     x, y = np.meshgrid(grid, grid)  # both in [-1, 1]

@@ -130,9 +130,7 @@ class _DirectoryFiles:
         self.root = root
 
     def list(self) -> list[str]:
-        return sorted(
-            path.relative_to(self.root).as_posix() for path in self.root.rglob("*") if path.is_file()
-        )
+        return sorted(path.relative_to(self.root).as_posix() for path in self.root.rglob("*") if path.is_file())
 
     def read(self, path: str) -> bytes:
         return (self.root / path).read_bytes()

@@ -18,9 +18,7 @@ _EXPECTED = (
 )
 
 
-def open_dataset(
-    path_or_name: str | os.PathLike[str], split: str = "train", **options: Any
-) -> InstanceDataset:
+def open_dataset(path_or_name: str | os.PathLike[str], split: str = "train", **options: Any) -> InstanceDataset:
     """The data set that a path or a name means.
 
     Args:

@@ -50,9 +50,7 @@ def relabel(labels: np.ndarray, min_area: int = 1) -> np.ndarray:
     if where.size == 0:
         return np.zeros(labels.shape, np.int32)
     ids = flat[where]
-    if (
-        int(ids.max()) > 4 * flat.size
-    ):  # ids far apart, as packed RGB colours are: the tables below would be huge
+    if int(ids.max()) > 4 * flat.size:  # ids far apart, as packed RGB colours are: the tables below would be huge
         ids = np.unique(ids, return_inverse=True)[1].reshape(-1) + 1
     size = int(ids.max()) + 1
     first = np.zeros(size, np.int64)

@@ -49,9 +49,7 @@ def _window(sample: Sample, top: int, left: int, height: int, width: int, min_ar
 
 
 def _sample(image: np.ndarray, labels: np.ndarray, name: str) -> Sample:
-    return Sample(
-        torch.from_numpy(np.ascontiguousarray(image)), torch.from_numpy(np.ascontiguousarray(labels)), name
-    )
+    return Sample(torch.from_numpy(np.ascontiguousarray(image)), torch.from_numpy(np.ascontiguousarray(labels)), name)
 
 
 class Compose:
@@ -96,13 +94,9 @@ class RandomCrop:
     ) -> None:
         self.size = (size, size) if isinstance(size, int) else (size[0], size[1])
         if min(self.size) < 1 or tries < 1 or min_area < 1:
-            raise InputError(
-                f"RandomCrop: size, tries and min_area must be positive, got {size}, {tries}, {min_area}"
-            )
+            raise InputError(f"RandomCrop: size, tries and min_area must be positive, got {size}, {tries}, {min_area}")
         if max_instances is not None and max_instances < max(1, min_instances):
-            raise InputError(
-                f"RandomCrop: max_instances must be at least 1 and min_instances, got {max_instances}"
-            )
+            raise InputError(f"RandomCrop: max_instances must be at least 1 and min_instances, got {max_instances}")
         self.max_instances = max_instances
         self.min_instances = min_instances
         self.tries = tries
@@ -165,13 +159,9 @@ def _resize(sample: Sample, size: tuple[int, int]) -> Sample:
     from PIL import Image
 
     rows, columns = sample.size
-    enlarged = Image.fromarray(sample.image.permute(1, 2, 0).numpy()).resize(
-        size[::-1], Image.Resampling.BILINEAR
-    )
+    enlarged = Image.fromarray(sample.image.permute(1, 2, 0).numpy()).resize(size[::-1], Image.Resampling.BILINEAR)
     row, column = np.arange(size[0]) * rows // size[0], np.arange(size[1]) * columns // size[1]
-    return _sample(
-        np.asarray(enlarged).transpose(2, 0, 1).copy(), sample.labels.numpy()[row][:, column], sample.name
-    )
+    return _sample(np.asarray(enlarged).transpose(2, 0, 1).copy(), sample.labels.numpy()[row][:, column], sample.name)
 
 
 class RandomFlip:

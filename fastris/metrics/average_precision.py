@@ -12,9 +12,7 @@ from fastris.metrics.overlap import LabelMap, Overlap, overlap
 THRESHOLDS = (0.5, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95)
 
 
-def average_precision(
-    pred: LabelMap, target: LabelMap, thresholds: Sequence[float] = THRESHOLDS
-) -> np.ndarray:
+def average_precision(pred: LabelMap, target: LabelMap, thresholds: Sequence[float] = THRESHOLDS) -> np.ndarray:
     """TP / (TP + FP + FN) at each IoU threshold, float64 (len(thresholds),).
 
     A pair is a true positive if its IoU is *greater* than the threshold, as in the competition's rules; above

@@ -51,13 +51,9 @@ def overlap(pred: LabelMap, target: LabelMap) -> Overlap:
     pred_ids, pred_count = _compact(pred, "pred")
     target_ids, target_count = _compact(target, "target")
     if pred_ids.shape != target_ids.shape:
-        raise InputError(
-            f"pred and target must have the same shape, got {pred_ids.shape} and {target_ids.shape}"
-        )
+        raise InputError(f"pred and target must have the same shape, got {pred_ids.shape} and {target_ids.shape}")
     shape = pred_count + 1, target_count + 1
-    joint = np.bincount(
-        (pred_ids * shape[1] + target_ids).reshape(-1), minlength=shape[0] * shape[1]
-    ).reshape(shape)
+    joint = np.bincount((pred_ids * shape[1] + target_ids).reshape(-1), minlength=shape[0] * shape[1]).reshape(shape)
     return Overlap(joint[1:, 1:], joint[1:].sum(1), joint[:, 1:].sum(0))
 
 

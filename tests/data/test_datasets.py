@@ -315,9 +315,7 @@ class TestFolder:
             ),
             (lambda root: (root / "plant000_rgb.png").write_bytes(b"x"), "plant000_rgb.png", "not an image"),
             (
-                lambda root: (root / "plant000_rgb.png").write_bytes(
-                    (root / "plant000_rgb.png").read_bytes()[:300]
-                ),
+                lambda root: (root / "plant000_rgb.png").write_bytes((root / "plant000_rgb.png").read_bytes()[:300]),
                 "plant000_rgb.png",
                 "cannot read",
             ),
@@ -362,9 +360,7 @@ class TestLeaves:
         for sample in dataset:
             areas = np.bincount(sample.labels.numpy().ravel(), minlength=sample.count + 1)
             assert (areas[1:] >= 8).all()
-            leaves, soil = (
-                sample.image[1][sample.labels.bool() == inside].float() for inside in (True, False)
-            )
+            leaves, soil = (sample.image[1][sample.labels.bool() == inside].float() for inside in (True, False))
             assert leaves.mean() > soil.mean() + 20  # green there and only there
 
     def test_leaves_overlap(self):
@@ -413,6 +409,7 @@ class TestOpen:
             open_dataset("leaves", split="test")
 
 
+@pytest.mark.data
 @needs_real
 class TestRealNuclei:
     def test_images_and_splits(self):
@@ -442,12 +439,11 @@ class TestShippedSamples:
         assert len(dataset) == 6
         assert all(4 <= sample.count <= 20 for sample in dataset)
         assert sum(path.stat().st_size for path in self.samples.iterdir()) < 600_000
-        ids = [
-            line.split("`")[1] for line in (self.samples / "README.md").read_text("utf-8").splitlines()[-6:]
-        ]
+        ids = [line.split("`")[1] for line in (self.samples / "README.md").read_text("utf-8").splitlines()[-6:]]
         assert all(in_validation(name) for name in ids)
         assert sorted(name[:8] for name in ids) == dataset.names
 
+    @pytest.mark.data
     @needs_real
     def test_are_what_the_zip_holds(self):
         real = NucleiDataset(REAL, "validation")

@@ -90,9 +90,7 @@ class TestByHand:
         assert foreground_background_dice(PRED, TARGET) == pytest.approx(2 * 5 / (8 + 8))
 
 
-@pytest.mark.parametrize(
-    "metric", [symmetric_best_dice, best_dice, mean_average_precision, foreground_background_dice]
-)
+@pytest.mark.parametrize("metric", [symmetric_best_dice, best_dice, mean_average_precision, foreground_background_dice])
 class TestEmpty:
     def test_nothing_found_where_nothing_is(self, metric):
         assert metric(np.zeros((4, 5), np.int32), np.zeros((4, 5), np.int32)) == 1
@@ -210,7 +208,5 @@ class TestInstanceMetrics:
         pred = np.roll(target, 5, 0)
         start = time.perf_counter()
         row = InstanceMetrics().update(pred, target)
-        assert (
-            time.perf_counter() - start < 1
-        )  # 1000 x 1000 pixels, 400 instances: 0.05 s; masks would take 100
+        assert time.perf_counter() - start < 1  # 1000 x 1000 pixels, 400 instances: 0.05 s; masks would take 100
         assert row["count"] == row["target_count"] == 400
