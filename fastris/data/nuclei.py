@@ -16,6 +16,7 @@ from fastris.data.dataset import InstanceDataset, check_split, select_split
 from fastris.data.sample import Sample, sample_from_arrays
 from fastris.errors import InputError
 
+_BROKEN = (OSError, SyntaxError, ValueError, IndexError, struct.error)  # what Pillow raises on damaged files
 _LAYOUT = "<id>/images/<id>.png with <id>/masks/*.png, as in stage1_train.zip of the 2018 Data Science Bowl"
 
 
@@ -74,7 +75,7 @@ class NucleiDataset(InstanceDataset):
         try:
             with Image.open(io.BytesIO(self.files.read(self._images[name]))) as image:
                 return image.height, image.width
-        except (OSError, SyntaxError, InputError):
+        except (OSError, SyntaxError, InputError, Image.DecompressionBombError):
             return None
 
     def _read(self, index: int) -> Sample:
@@ -114,7 +115,7 @@ class NucleiDataset(InstanceDataset):
                 if image.mode[0] not in "IF":
                     return np.asarray(image.convert(mode))
                 deep = np.asarray(image)
-        except (OSError, SyntaxError, ValueError, IndexError, struct.error) as error:
+        except (*_BROKEN, Image.DecompressionBombError) as error:
             if isinstance(error, InputError):
                 raise
             raise InputError(f"{self.files.describe(path)}: cannot read this image: {error}") from error
