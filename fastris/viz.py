@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -32,7 +32,7 @@ PALETTE = np.array(
 
 SMALL = 512  # pixels: an overlay's longer side is brought to at least this, by a whole factor
 LARGE = 2048  # and to at most this
-PANEL = 320  # pixels: the longer side of each picture of a panel
+PANEL = 400  # pixels: the longer side of each picture of a panel
 FILL = 0.3  # opacity
 PAGE, INK, FAINT = (255, 255, 255), (30, 30, 30), (110, 110, 110)
 
@@ -185,17 +185,19 @@ def _draw(pixels: np.ndarray, labels: np.ndarray, scale: float, numbers: bool) -
     picture = Image.fromarray(canvas)
     if numbers:
         draw = ImageDraw.Draw(picture)
-        for label, (row, column), area in _centres(labels):
-            size = int(np.clip(0.45 * area**0.5, 9, 22))
-            font = _font(size)
-            text = str(label)
+        for one in _places(labels):
+            size = int(np.clip(0.45 * one.area**0.5, 13, 22))
+            font, text, stroke = _font(size), str(one.label), 1 + size // 14
+            half_width, half_height = draw.textlength(text, font=font) / 2 + stroke, size / 2
+            x, y = float(one.column), float(one.row)
+            if one.area**0.5 < 1.6 * max(half_width, half_height):  # it would hide the object: beside it, then
+                x, y = one.right + half_width, one.top - 0.3 * half_height
+                if x > width - half_width:
+                    x = one.left - half_width
             # kept whole at the borders of the picture
-            half_width, half_height = draw.textlength(text, font=font) / 2 + 2, size / 2 + 1
-            x = min(max(column, half_width), max(width - half_width, half_width))
-            y = min(max(row, half_height), max(height - half_height, half_height))
-            draw.text(
-                (x, y), text, fill="white", font=font, anchor="mm", stroke_width=1 + size // 14, stroke_fill="black"
-            )
+            x = min(max(x, half_width), max(width - half_width, half_width))
+            y = min(max(y, half_height), max(height - half_height, half_height))
+            draw.text((x, y), text, fill="white", font=font, anchor="mm", stroke_width=stroke, stroke_fill="black")
     return picture
 
 
@@ -212,20 +214,41 @@ def _outline(labels: np.ndarray, thickness: int) -> np.ndarray:
     return edge & (labels > 0)
 
 
-def _centres(labels: np.ndarray) -> list[tuple[int, tuple[int, int], int]]:
-    """Each label, its pixel nearest to its centre of mass, and its area; one pass over the pixels."""
+class _Place(NamedTuple):
+    """Where an instance is: its pixel nearest to its centre of mass, and its edges."""
+
+    label: int
+    row: int
+    column: int
+    top: int
+    left: int
+    right: int
+    area: int
+
+
+def _places(labels: np.ndarray) -> list[_Place]:
+    """The place of each label; one pass over the pixels."""
     rows, columns = np.nonzero(labels)
     ids = labels[rows, columns]
     order = np.argsort(ids, kind="stable")
     ids, rows, columns = ids[order], rows[order], columns[order]
     starts = np.flatnonzero(np.diff(ids, prepend=0))
-    result = []
+    places = []
     for start, end in zip(starts, np.append(starts, ids.size)[1:], strict=True):
         own_rows, own_columns = rows[start:end], columns[start:end]
         distance = (own_rows - own_rows.mean()) ** 2 + (own_columns - own_columns.mean()) ** 2
         nearest = int(distance.argmin())
-        result.append((int(ids[start]), (int(own_rows[nearest]), int(own_columns[nearest])), int(end - start)))
-    return result
+        numbers = (
+            ids[start],
+            own_rows[nearest],
+            own_columns[nearest],
+            own_rows.min(),
+            own_columns.min(),
+            own_columns.max() + 1,
+            end - start,
+        )
+        places.append(_Place(*(int(number) for number in numbers)))
+    return places
 
 
 @lru_cache(maxsize=64)

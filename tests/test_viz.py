@@ -30,6 +30,18 @@ def test_instances_are_tinted_outlined_and_the_rest_is_left() -> None:
     assert (picture[: 10 * scale] == 100).all()
 
 
+def test_the_number_of_a_small_instance_is_drawn_beside_it() -> None:
+    labels = np.zeros((512, 512), np.int32)
+    for label, left in ((1, 250), (2, 500)):  # the second has no room on its right
+        labels[250:258, left : left + 8] = label
+    image = np.full((512, 512), 100, np.uint8)
+    plain, numbered = (np.asarray(overlay(image, labels, numbers=numbers)).astype(int) for numbers in (False, True))
+    changed = np.abs(plain - numbered).sum(axis=2) > 0
+    assert changed[:, 258:280].any()
+    assert changed[:, 480:500].any()
+    assert np.count_nonzero(changed & (labels > 0)) < 20
+
+
 def test_numbers_are_drawn_inside_their_instance() -> None:
     plain = np.asarray(overlay(IMAGE, LABELS, numbers=False)).astype(int)
     numbered = np.asarray(overlay(IMAGE, LABELS)).astype(int)
