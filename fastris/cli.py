@@ -53,11 +53,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _use_backend(stack: ExitStack, name: str | None) -> None:
+    try:
+        from fastris.backend import use_backend  # checks FASTRIS_BACKEND
+    except ValueError as error:
+        raise InputError(str(error)) from None
     if name is None:
         return
-    from fastris.backend import use_backend
-
     try:
         stack.enter_context(use_backend(name))
-    except (RuntimeError, ValueError) as error:
+    except RuntimeError as error:
         raise InputError(f"--backend {name}: {error}") from None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -112,6 +113,18 @@ def test_wrong_options_exit_with_2(argv: list[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         main(argv)
     assert caught.value.code == 2
+
+
+def test_a_wrong_backend_in_the_environment_is_one_line() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "fastris", "info"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "FASTRIS_BACKEND": "other"},
+    )
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert "FASTRIS_BACKEND" in line
 
 
 def test_info(capsys: pytest.CaptureFixture[str]) -> None:
