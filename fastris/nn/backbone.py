@@ -22,37 +22,38 @@ class SmallFCN(nn.Module):
         channels: widths at strides 2, 4, 8 and 16, multiples of 8.
         out_channels: channels of the returned features.
         stride: stride of the returned features, 2 or 4.
+        detail: also return the map at stride 2.
 
     Returns from ``forward(images)``, images (B, 3, H, W) with H and W multiples of 16:
         ``(features, detail)``: (B, out_channels + 2, H/stride, W/stride), the last two channels being the
-        normalised x and y coordinate, and (B, channels[0], H/2, W/2).
+        normalised x and y coordinate, and (B, channels[0], H/2, W/2), or the finest map there is without ``detail``.
     """
 
-    def __init__(self, channels: tuple[int, int, int, int], out_channels: int, stride: int) -> None:
+    def __init__(
+        self, channels: tuple[int, int, int, int], out_channels: int, stride: int, detail: bool = True
+    ) -> None:
         super().__init__()
-        self.stem = _conv_block(3, channels[0], stride=2)
-        self.stem_refine = _conv_block(channels[0], channels[0])
-        self.down = nn.ModuleList(
-            nn.Sequential(
-                _conv_block(channels[k], channels[k + 1], stride=2),
-                _conv_block(channels[k + 1], channels[k + 1]),
-            )
-            for k in range(3)
-        )
-        self.lateral = nn.ModuleList(nn.Conv2d(channels[k + 1], channels[k], 1) for k in range(3))
-        self.fuse = nn.ModuleList(_conv_block(channels[k], channels[k]) for k in range(3))
-        self.project = nn.Conv2d(channels[0 if stride == 2 else 1], out_channels, 1)
         self.stride = stride
+        self.finest = 0 if detail or stride == 2 else 1
+        self.stem = nn.Sequential(_conv_block(3, channels[0], stride=2), _conv_block(channels[0], channels[0]))
+        self.down = nn.ModuleList(
+            nn.Sequential(_conv_block(narrow, wide, stride=2), _conv_block(wide, wide))
+            for narrow, wide in zip(channels[:3], channels[1:], strict=True)
+        )
+        self.lateral = nn.ModuleList(nn.Conv2d(channels[k + 1], channels[k], 1) for k in range(self.finest, 3))
+        self.fuse = nn.ModuleList(_conv_block(channels[k], channels[k]) for k in range(self.finest, 3))
+        self.project = nn.Conv2d(channels[0 if stride == 2 else 1], out_channels, 1)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        maps = [self.stem_refine(self.stem(images))]  # strides 2, 4, 8, 16
+        maps = [self.stem(images)]  # strides 2, 4, 8, 16
         for down in self.down:
             maps.append(down(maps[-1]))
-        for k in (2, 1, 0):
-            above = F.interpolate(self.lateral[k](maps[k + 1]), size=maps[k].shape[-2:], mode="nearest")
-            maps[k] = self.fuse[k](maps[k] + above)
+        for k in range(2, self.finest - 1, -1):
+            lateral, fuse = self.lateral[k - self.finest], self.fuse[k - self.finest]
+            above = F.interpolate(lateral(maps[k + 1]), size=maps[k].shape[-2:], mode="nearest")
+            maps[k] = fuse(maps[k] + above)
         features = self.project(maps[0] if self.stride == 2 else maps[1])
-        return torch.cat([features, coordinates(features)], dim=1), maps[0]
+        return torch.cat([features, coordinates(features)], dim=1), maps[self.finest]
 
 
 def coordinates(like: Tensor) -> Tensor:

@@ -66,7 +66,8 @@ class ModelConfig:
         unknown = sorted(set(values) - known)
         if unknown:
             raise InputError(f"model configuration: unknown {', '.join(unknown)}; known: {', '.join(sorted(known))}")
-        return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
+        converted: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+        return cls(**converted)
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as JSON-able values."""

@@ -5,6 +5,8 @@ T = steps, B = batch, C = hidden channels.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -101,7 +103,7 @@ class ConvLSTM(nn.Module):
         self.num_layers, self.batch_first, self.bias = num_layers, batch_first, bias
         self.return_all_layers = return_all_layers
         inputs = [input_dim, *dims[:-1]]
-        self.cell_list = nn.ModuleList(
+        self.cell_list: Sequence[ConvLSTMCell] = nn.ModuleList(  # type: ignore[assignment]
             ConvLSTMCell(inputs[k], dims[k], self.kernel_size[k], bias) for k in range(num_layers)
         )
 

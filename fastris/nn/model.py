@@ -6,6 +6,7 @@ B = batch, T = steps, C = hidden channels, h × w = recurrent map, h' × w' = ma
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -86,10 +87,12 @@ class RecurrentInstanceSegmenter(nn.Module):
         super().__init__()
         self.config = config = config or ModelConfig()
         self.stride = 2 if config.mask_head == "dynamic" else config.recurrent_stride
-        self.backbone = SmallFCN(config.backbone_channels, config.feature_channels, config.recurrent_stride)
+        self.backbone = SmallFCN(
+            config.backbone_channels, config.feature_channels, config.recurrent_stride, config.mask_head == "dynamic"
+        )
         features = config.feature_channels + 2
         inputs = [features + 2 * int(config.feedback)] + [config.hidden_channels] * (config.layers - 1)
-        self.cells = nn.ModuleList(
+        self.cells: Sequence[ConvLSTMCell] = nn.ModuleList(  # type: ignore[assignment]
             ConvLSTMCell(channels, config.hidden_channels, config.kernel_size, forget_bias=1.0) for channels in inputs
         )
         self.mask_head: DynamicMaskHead | SpatialInhibition
@@ -137,48 +140,43 @@ class RecurrentInstanceSegmenter(nn.Module):
     def _step(self, context: _Context, memory: _Memory) -> tuple[_Step, _Memory]:
         features, hoisted, detail = context
         states: list[State] = []
-        below = None
         for k, layer in enumerate(self.cells):
+            weight, bias = layer.conv.weight, layer.conv.bias
             previous = memory.states[k] if memory.states is not None else None
-            recurrent = [] if previous is None else [previous[0]]
+            moving = [] if previous is None else [previous[0]]  # a zero state needs no convolution
             if k == 0:
-                if self.config.feedback and memory.found is not None:
-                    recurrent.insert(0, memory.found)
-                if recurrent:
-                    weight = layer.conv.weight[:, features.shape[1] :]
-                    gates, addend = conv2d_same(torch.cat(recurrent, dim=1), weight), hoisted
-                else:
-                    gates, addend = hoisted, None
-                bias = None  # already in the hoisted part
+                if memory.found is not None:
+                    moving.insert(0, memory.found)
+                gates, addend, bias = hoisted, None, None
+                if moving:
+                    gates = conv2d_same(torch.cat(moving, dim=1), weight[:, features.shape[1] :])
+                    addend = hoisted
             else:
-                weight, bias = layer.conv.weight, layer.conv.bias
-                if previous is None:
-                    weight = weight[:, : below.shape[1]]
-                gates, addend = conv2d_same(torch.cat([below, *recurrent], dim=1), weight), None
+                moving.insert(0, states[-1][0])
+                inputs = torch.cat(moving, dim=1)
+                gates, addend = conv2d_same(inputs, weight[:, : inputs.shape[1]]), None
             if previous is None:
                 shape = (gates.shape[0], self.config.hidden_channels, *gates.shape[-2:])
-                cell_prev = torch.zeros(
-                    shape, device=gates.device, dtype=torch.promote_types(gates.dtype, torch.float32)
-                )
+                cell = torch.zeros(shape, device=gates.device, dtype=torch.promote_types(gates.dtype, torch.float32))
             else:
-                cell_prev = previous[1]
-            states.append(lstm_gates(gates, cell_prev, addend, bias))
-            below = states[-1][0]
+                cell = previous[1]
+            states.append(lstm_gates(gates, cell, addend, bias))
+        hidden = states[-1][0]
 
         if isinstance(self.mask_head, DynamicMaskHead):
-            mask_logits, log_place = self.mask_head(below, features, detail)
+            mask_logits, log_place = self.mask_head(hidden, features, detail)
         else:
-            mask_logits, log_place = self.mask_head(below)
+            mask_logits, log_place = self.mask_head(hidden)
         found = None
         if self.config.feedback:
             mask = mask_logits.detach().sigmoid().unsqueeze(1)
-            if mask.shape[-2:] != below.shape[-2:]:
+            if mask.shape[-2:] != hidden.shape[-2:]:
                 mask = F.avg_pool2d(mask, self.config.recurrent_stride // self.stride)
             place = log_place.detach().exp().unsqueeze(1)
-            found = torch.cat([mask, place], dim=1).to(below.dtype)
+            found = torch.cat([mask, place], dim=1).to(hidden.dtype)
             if memory.found is not None:
                 found = torch.maximum(memory.found, found)
-        return _Step(mask_logits, self.confidence_head(below), log_place), _Memory(states, found)
+        return _Step(mask_logits, self.confidence_head(hidden), log_place), _Memory(states, found)
 
     @torch.inference_mode()
     def predict(

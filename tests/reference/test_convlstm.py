@@ -11,8 +11,10 @@ from fastris import convlstm
 
 def naive(x, weight, bias, hidden, cell):
     outputs = []
+    height, width = weight.shape[-2:]
+    padding = ((width - 1) // 2, width // 2, (height - 1) // 2, height // 2)  # left, right, top, bottom
     for x_t in x:
-        gates = F.conv2d(torch.cat([x_t, hidden], 1), weight, bias, padding="same")
+        gates = F.conv2d(F.pad(torch.cat([x_t, hidden], 1), padding), weight, bias)
         i, f, o, g = gates.chunk(4, 1)
         cell = f.sigmoid() * cell + i.sigmoid() * g.tanh()
         hidden = o.sigmoid() * cell.tanh()
