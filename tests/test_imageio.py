@@ -167,3 +167,10 @@ def test_an_unwritable_directory_is_named(tmp_path: Path) -> None:
     (tmp_path / "directory.png").mkdir()
     with pytest.raises(InputError, match="directory.png"):
         write_image(tmp_path / "directory.png", COLOUR)
+
+
+def test_a_photograph_is_turned_as_its_exif_data_says(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # a quarter turn clockwise to see it upright
+    Image.fromarray(COLOUR).save(tmp_path / "a.png", exif=exif)
+    np.testing.assert_array_equal(read_image(tmp_path / "a.png"), np.rot90(COLOUR, -1))
