@@ -1,0 +1,244 @@
+"""The training loop."""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from fastris import __version__
+from fastris.data import (
+    Batch,
+    Compose,
+    IntensityJitter,
+    RandomCrop,
+    RandomFlip,
+    RandomRotation,
+    Sample,
+    Transform,
+    collate,
+    open_dataset,
+)
+from fastris.errors import InputError
+from fastris.imageio import make_output_directory
+from fastris.loading import save
+from fastris.metrics import InstanceMetrics
+from fastris.nn.loss import LossTerms, RISLoss
+from fastris.nn.model import RecurrentInstanceSegmenter
+from fastris.training.checkpoints import list_checkpoints, load_checkpoint, read_state, save_checkpoint
+from fastris.training.config import TrainConfig
+from fastris.training.curriculum import Curriculum, Stage
+from fastris.training.log import RunLog
+
+_TRAIN, _VALIDATION = 0, 1  # streams of random numbers
+
+
+class DivergedError(RuntimeError):
+    """The loss became NaN or infinite."""
+
+
+class Trainer:
+    """Trains a model and keeps everything about the run in one folder.
+
+    The folder gets ``model.safetensors`` (the lowest validation loss of the latest stage), ``checkpoints/``,
+    ``train.csv``, ``validation.csv`` and ``tensorboard/``. A batch depends on the seed and the step only, so a resumed
+    run is the run that was not interrupted; on the CPU bit for bit.
+
+    Args:
+        config: the settings.
+        out: the run's folder, created where needed.
+        device: where to train.
+        resume: go on from the newest checkpoint in ``out``.
+
+    Raises:
+        InputError: unusable data or folder, a damaged checkpoint, ``resume`` without a checkpoint, or a checkpoint
+            without ``resume``.
+    """
+
+    def __init__(
+        self, config: TrainConfig, out: Path, device: torch.device | str = "cpu", resume: bool = False
+    ) -> None:
+        self.config = config
+        self.out = make_output_directory(out)
+        self.device = torch.device(device)
+        self.checkpoints = make_output_directory(self.out / "checkpoints")
+        written = list_checkpoints(self.checkpoints)
+        if resume and not written:
+            raise InputError(f"{self.checkpoints}: no checkpoint to resume from")
+        if written and not resume:
+            raise InputError(f"{out}: holds a run already; continue it with --resume, or choose another --out")
+        self.train_data = open_dataset(config.data, "train")
+        self.validation_data = open_dataset(config.data, "validation")
+        for split, data in (("train", self.train_data), ("validation", self.validation_data)):
+            if not len(data):
+                raise InputError(f"{config.data}: no images in split '{split}'")
+            data.preload()  # a broken file is better found now than in an hour
+        torch.manual_seed(config.seed)
+        self.model = RecurrentInstanceSegmenter(config.model).to(self.device)
+        self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.loss = RISLoss(config.loss_variant, config.confidence_weight, config.place_weight, config.per_instance)
+        self.optimizer = torch.optim.Adam(self.model.parameters(), lr=config.learning_rate)
+        self.curriculum = Curriculum(config)
+        self.step = 0
+        if written:
+            self._restore(written[-1])
+        self._validation_batches: tuple[int, list[Batch]] | None = None
+
+    def run(self) -> Path:
+        """Train to the last step; returns the path of the model.
+
+        Raises:
+            DivergedError: the loss is not finite; the last checkpoint and the model file stay.
+        """
+        log = RunLog(self.out, self.step)
+        bar = tqdm(
+            total=self.config.max_steps, initial=self.step, unit="step", smoothing=0.05, disable=None, file=sys.stderr
+        )
+        try:
+            while self.step < self.config.max_steps:
+                row = self._train_step()
+                log.train(row)
+                bar.update()
+                bar.set_postfix_str(f"stage {row['stage']} loss {row['loss']:.3f}", refresh=False)
+                if self.step % self.config.validate_every == 0 or self.step == self.config.max_steps:
+                    row = self._validate()
+                    log.validation(row)
+                    bar.write(
+                        f"step {self.step}  stage {row['stage']}  validation loss {row['loss']:.4f}  "
+                        f"SBD {row['sbd']:.3f}  |DiC| {row['dic']:.2f}",
+                        file=sys.stderr,
+                    )
+                    self._keep(row)
+        finally:
+            bar.close()
+            log.close()
+        return self.out / "model.safetensors"
+
+    def learning_rate(self, step: int) -> float:
+        """The rate of optimiser step `step`, counted from 0."""
+        config = self.config
+        warm = min(1.0, (step + 1) / config.warmup) if config.warmup else 1.0
+        return config.learning_rate * warm * (1 - step / config.max_steps)
+
+    def batch(self, step: int, stage: Stage) -> Batch:
+        """The training batch of a step."""
+        config = self.config
+        transforms: list[Transform] = [RandomCrop(stage.crop, stage.instances), RandomFlip(), RandomRotation()]
+        if config.jitter or config.grey_probability or config.invert_probability:
+            jitter = IntensityJitter(
+                0.1 * config.jitter, 0.2 * config.jitter, 0.2 * config.jitter, config.invert_probability,
+                config.grey_probability,
+            )  # fmt: skip
+            transforms.append(jitter)
+        transform = Compose(transforms)
+        generator = _generator(config.seed, _TRAIN, step)
+        chosen = torch.randint(len(self.train_data), (stage.batch_size,), generator=generator).tolist()
+        return collate([transform(self.train_data[index], generator) for index in chosen])
+
+    def _train_step(self) -> dict[str, Any]:
+        start = time.perf_counter()
+        stage = self.curriculum.stage
+        rate = self.learning_rate(self.step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        batch = self.batch(self.step, stage).to(self.device)
+        self.model.train()
+        self.optimizer.zero_grad(set_to_none=True)
+        terms = self._loss(batch)
+        terms.total.backward()
+        norm = self._limit_gradients()
+        values = [float(term.detach()) for term in (*terms, norm)]
+        if not all(map(math.isfinite, values)):
+            kept = list_checkpoints(self.checkpoints)
+            remedy = f"the last good checkpoint is {kept[-1]}" if kept else "there is no checkpoint yet"
+            raise DivergedError(f"the loss is not finite ({values[0]}) at step {self.step}; {remedy}")
+        self.optimizer.step()
+        self.step += 1
+        names = ("loss", "mask", "confidence", "place", "gradient_norm")
+        return {
+            "step": self.step,
+            "stage": self.curriculum.index + 1,
+            **dict(zip(names, values, strict=True)),
+            "learning_rate": rate,
+            "images_per_second": len(batch) / (time.perf_counter() - start),
+        }
+
+    def _loss(self, batch: Batch) -> LossTerms:
+        most = int(batch.counts.max())
+        images = batch.images.contiguous(memory_format=torch.channels_last)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
+            output = self.model(images, most + self.config.extra_steps)
+        return self.loss(output, batch.labels, batch.counts, most)
+
+    def _limit_gradients(self) -> Tensor:
+        """Clamp and scale the gradients; returns their norm before."""
+        parameters = list(self.model.parameters())
+        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        torch.nn.utils.clip_grad_value_(parameters, self.config.gradient_clamp)
+        if self.config.gradient_norm:
+            torch.nn.utils.clip_grad_norm_(parameters, self.config.gradient_norm)
+        return norm
+
+    def _validate(self) -> dict[str, Any]:
+        """Loss and metrics on the same held-out crops each time."""
+        self.model.eval()
+        metrics = InstanceMetrics()
+        losses: list[float] = []
+        for batch in self._held_out():
+            with torch.no_grad():
+                losses += [float(self._loss(batch.to(self.device)).total)] * len(batch)
+            for image, labels, name in zip(batch.images, batch.labels, batch.names, strict=True):
+                instances = self.model.predict(image)
+                assert not isinstance(instances, list)
+                metrics.update(instances.label_map(), labels, name)
+        means = metrics.compute()
+        kept = {name: means[name] for name in ("sbd", "dic", "map", "ap50", "images")}
+        return {"step": self.step, "stage": self.curriculum.index + 1, "loss": sum(losses) / len(losses), **kept}
+
+    def _held_out(self) -> list[Batch]:
+        index, stage = self.curriculum.index, self.curriculum.stage
+        if self._validation_batches is None or self._validation_batches[0] != index:
+            crop = RandomCrop(stage.crop, stage.instances)
+            samples: list[Sample] = []
+            for k in range(self.config.validation_crops):
+                sample = self.validation_data[k % len(self.validation_data)]
+                samples.append(crop(sample, _generator(self.config.seed, _VALIDATION, k)))
+            size = stage.batch_size
+            self._validation_batches = index, [collate(samples[k : k + size]) for k in range(0, len(samples), size)]
+        return self._validation_batches[1]
+
+    def _keep(self, row: dict[str, Any]) -> None:
+        """Write the model if it is the stage's best, go on in the curriculum, write a checkpoint."""
+        if not math.isfinite(row["loss"]):
+            raise DivergedError(f"the validation loss is not finite ({row['loss']}) at step {self.step}")
+        if self.curriculum.update(row["loss"]):
+            facts = {"training": self.config.to_dict(), "validation": row, "fastris": __version__}
+            save(self.out / "model.safetensors", self.model, facts)
+        self.curriculum.advance(self.step)
+        state = {
+            "config": self.config.to_dict(),
+            "curriculum": self.curriculum.state_dict(),
+            "versions": {"fastris": __version__, "torch": torch.__version__},
+        }
+        save_checkpoint(self.checkpoints, self.step, self.model, self.optimizer, state)
+
+    def _restore(self, path: Path) -> None:
+        state = read_state(path)
+        load_checkpoint(path, self.model, self.optimizer)
+        try:
+            self.step = int(state["step"])
+            self.curriculum.load_state_dict(state["curriculum"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise InputError(f"{path / 'state.json'}: damaged: {error!r}") from None
+
+
+def _generator(seed: int, stream: int, number: int) -> torch.Generator:
+    """A generator of its own for each number of a stream."""
+    mixed = (seed * 2 + stream) * 0x9E3779B97F4A7C15 + number * 0xD1B54A32D192ED03
+    return torch.Generator().manual_seed(mixed % 2**63)

@@ -1,0 +1,164 @@
+"""The loop: it learns, it can be killed and resumed, and it stops where the loss breaks."""
+
+from __future__ import annotations
+
+import csv
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import fastris
+from fastris import InputError
+from fastris.data import collate
+from fastris.metrics import InstanceMetrics
+from fastris.training import DivergedError, TrainConfig, Trainer
+from fastris.training.checkpoints import list_checkpoints
+
+
+def rows(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def without_times(path: Path) -> list[dict[str, str]]:
+    return [{key: value for key, value in row.items() if key != "images_per_second"} for row in rows(path)]
+
+
+@pytest.mark.slow
+def test_it_overfits_four_images_to_the_exact_count(tmp_path):
+    config = TrainConfig(
+        data="leaves:4", max_steps=400, instances=(8,), crop=(64,), batch_size=(4,), stage_limit=(1.0,),
+        validate_every=400, validation_crops=1, learning_rate=2e-3, warmup=20, jitter=0.0,
+    )  # fmt: skip
+    trainer = Trainer(config, tmp_path)
+    images = collate([trainer.train_data[index] for index in range(4)])
+    trainer.batch = lambda step, stage: images  # type: ignore[method-assign]
+    start = time.process_time()
+    trainer.run()
+    spent = time.process_time() - start
+    metrics = InstanceMetrics()
+    for image, labels in zip(images.images, images.labels, strict=True):
+        metrics.update(trainer.model.eval().predict(image).label_map(), labels)
+    assert metrics.compute()["sbd"] >= 0.9, metrics.rows
+    assert [row["count"] for row in metrics.rows] == [row["target_count"] for row in metrics.rows]
+    assert spent / 2 < 90, "seconds on two cores"
+
+
+def test_a_run_leaves_a_model_logs_and_checkpoints(config, tmp_path):
+    path = Trainer(config, tmp_path).run()
+    model = fastris.load(path)
+    assert model.config == config.model
+    assert len(model.predict(torch.rand(3, 40, 40))) <= 6
+    assert [int(row["step"]) for row in rows(tmp_path / "train.csv")] == [1, 2, 3, 4, 5, 6]
+    assert [(row["step"], row["stage"]) for row in rows(tmp_path / "validation.csv")] == [
+        ("2", "1"),
+        ("4", "1"),
+        ("6", "2"),
+    ]
+    assert [one.name for one in list_checkpoints(tmp_path / "checkpoints")] == ["step-00000004", "step-00000006"]
+    assert list((tmp_path / "tensorboard").glob("events*"))
+    from fastris.loading import read_metadata
+
+    assert TrainConfig.from_dict(read_metadata(path)["training"]) == config
+
+
+def test_batches_depend_on_seed_and_step_alone(config, tmp_path):
+    first, second = Trainer(config, tmp_path / "a"), Trainer(config, tmp_path / "b")
+    stage = first.curriculum.stage
+    for step in (3, 0, 1):
+        assert torch.equal(first.batch(step, stage).images, second.batch(step, stage).images)
+    assert not torch.equal(first.batch(0, stage).images, first.batch(1, stage).images)
+    other = Trainer(config.updated({"seed": 1}), tmp_path / "c")
+    assert not torch.equal(first.batch(0, stage).images, other.batch(0, stage).images)
+
+
+def test_a_killed_run_resumes_to_the_same_bits(tmp_path, write_settings):
+    settings = write_settings(max_steps=40, validate_every=4)
+    command = [sys.executable, "-m", "fastris", "train", "--config", str(settings), "--out"]
+
+    straight, broken = tmp_path / "straight", tmp_path / "broken"
+    subprocess.run([*command, str(straight)], check=True, capture_output=True, timeout=200)
+    killed = subprocess.Popen([*command, str(broken)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 100
+    while not list_checkpoints(broken / "checkpoints") and time.monotonic() < deadline:
+        time.sleep(0.01)
+    killed.send_signal(signal.SIGKILL)
+    assert killed.wait() == -signal.SIGKILL, "the run ended before it could be killed"
+    assert not (broken / "checkpoints" / "step-00000040").exists()
+    subprocess.run([*command, str(broken), "--resume"], check=True, capture_output=True, timeout=200)
+
+    for file in ("model.safetensors", "checkpoints/step-00000040/state.safetensors"):
+        one, two = load_file(straight / file), load_file(broken / file)
+        assert one.keys() == two.keys()
+        assert all(torch.equal(one[name], two[name]) for name in one), file
+    for file in ("train.csv", "validation.csv"):
+        assert without_times(straight / file) == without_times(broken / file)
+
+
+def test_resuming_drops_the_log_after_the_checkpoint(config, tmp_path):
+    Trainer(config, tmp_path).run()
+    with (tmp_path / "train.csv").open("a") as file:
+        file.write("7,2,9,9,9,9,9,9,9\n8,2,9")  # as a killed run might leave it
+    trainer = Trainer(config.updated({"max_steps": 8}), tmp_path, resume=True)
+    assert trainer.step == 6
+    trainer.run()
+    assert [int(row["step"]) for row in rows(tmp_path / "train.csv")] == list(range(1, 9))
+    assert all(row["loss"] != "9" for row in rows(tmp_path / "train.csv"))
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(config, tmp_path):
+    trainer = Trainer(config, tmp_path)
+    good = trainer.batch
+
+    def poisoned(step, stage):
+        batch = good(step, stage)
+        if step == 3:
+            batch.images[0, 0, 0, 0] = float("nan")
+        return batch
+
+    trainer.batch = poisoned  # type: ignore[method-assign]
+    with pytest.raises(DivergedError, match="not finite .nan. at step 3; the last good checkpoint is .*step-00000002"):
+        trainer.run()
+    kept = list_checkpoints(tmp_path / "checkpoints")
+    assert [path.name for path in kept] == ["step-00000002"]
+    assert all(tensor.isfinite().all() for tensor in load_file(kept[0] / "state.safetensors").values())
+    assert fastris.load(tmp_path / "model.safetensors")
+    assert Trainer(config, tmp_path, resume=True).run().is_file()
+
+
+def test_a_folder_with_a_run_is_not_overwritten(config, tmp_path):
+    Trainer(config, tmp_path).run()
+    with pytest.raises(InputError, match="holds a run already; continue it with --resume"):
+        Trainer(config, tmp_path)
+
+
+def test_there_must_be_something_to_resume(config, tmp_path):
+    with pytest.raises(InputError, match="checkpoints: no checkpoint to resume from"):
+        Trainer(config, tmp_path, resume=True)
+
+
+def test_a_checkpoint_without_its_state_is_named(config, tmp_path):
+    Trainer(config, tmp_path).run()
+    file = list_checkpoints(tmp_path / "checkpoints")[-1] / "state.json"
+    file.write_text(json.dumps({"step": 6}))
+    with pytest.raises(InputError, match="state.json: damaged"):
+        Trainer(config, tmp_path, resume=True)
+
+
+def test_mixed_precision_trains(config, tmp_path):
+    trainer = Trainer(config.updated({"precision": "bf16"}), tmp_path)
+    assert trainer.run().is_file()
+    assert all(parameter.dtype == torch.float32 for parameter in trainer.model.parameters())
+
+
+def test_the_rate_warms_up_and_falls_to_zero(config, tmp_path):
+    trainer = Trainer(config, tmp_path)
+    rates = [trainer.learning_rate(step) for step in range(7)]
+    assert rates[0] == pytest.approx(0.5e-3) and rates[1] == pytest.approx(1e-3 * 5 / 6) and rates[6] == 0
