@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import platform
 import shlex
 import shutil
 import subprocess
@@ -27,6 +28,11 @@ SOURCES = Path("csrc")
 TORCH_TARGET_VERSION = "0x020a000000000000"
 PYTHON_LIMITED_API = "0x030a0000"
 DEFAULT_ARCHS = "8.0;9.0+PTX"
+INSTRUCTION_SETS = {
+    "_avx2": ["-mavx2"],
+    "_avx512": ["-mavx512f", "-mavx512dq", "-mavx512vl", "-mavx512bw"],
+}
+"""Flags for the sources with such a suffix, which run only where the machine has the instructions."""
 BUILDING = {"bdist_wheel", "build", "build_ext", "editable_wheel", "install"}
 
 
@@ -116,6 +122,12 @@ def _gencode(archs: str) -> list[str]:
     return flags
 
 
+def _instruction_set(source: Path) -> list[str]:
+    if platform.machine().lower() not in ("x86_64", "amd64"):
+        return []
+    return next((flags for suffix, flags in INSTRUCTION_SETS.items() if source.stem.endswith(suffix)), [])
+
+
 class BuildNative(build_ext):
     """Compile the C++ and CUDA sources with one set of flags and link them against ``libtorch`` alone."""
 
@@ -129,6 +141,7 @@ class BuildNative(build_ext):
         defines = [f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}", f"-DPy_LIMITED_API={PYTHON_LIMITED_API}"]
         flags = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off"]
         flags += ["-Wall", "-Wextra", "-Werror", "-DNDEBUG"]
+        flags += ["-Wno-psabi"]  # vectors wider than the machine's, none of which cross a call
         link: list[str] = []
         if os.environ.get("FASTRIS_SANITIZE") == "1":
             sanitize = ["-fsanitize=address,undefined", "-fno-omit-frame-pointer"]
@@ -141,7 +154,8 @@ class BuildNative(build_ext):
             link += [f"-L{cuda_root / 'lib64'}", "-lcudart_static", "-ldl", "-lrt", "-lpthread"]
         for source in ext.sources:
             target = build / (Path(source).as_posix().replace("/", "_") + ".o")
-            self._run([*_compiler(), *flags, *defines, *includes, *python, "-c", source, "-o", str(target)])
+            simd = _instruction_set(Path(source))
+            self._run([*_compiler(), *flags, *simd, *defines, *includes, *python, "-c", source, "-o", str(target)])
             objects.append(target)
 
         # libtorch.so itself must be a dependency: it brings libtorch_cuda where there is one, and with it the

@@ -4,19 +4,16 @@
 // order, tie rule and fp64 arithmetic of scipy.optimize.linear_sum_assignment, so that the indices agree with SciPy's
 // one for one. Compile without floating point contraction: a fused multiply-add would break ties differently.
 //
+// SciPy scans a list of open columns; here all columns are looked at side by side (lanes.h), and the list decides only
+// between equal distances. Among those SciPy takes the last free column of its list, or the first one if none is free.
+// So each open column has a key, m + position if it is free and -position if it is taken, and the largest key wins.
+//
 // Legend: P rows (predictions), G columns (targets) as the caller has them; n <= m the two sides as solved, where a
-// matrix with more rows than columns is solved transposed.
+// matrix with more rows than columns is solved transposed. An open column is not yet in the tree of shortest paths; a
+// free one is not yet matched.
 #pragma once
 
-#include <cmath>
-#include <cstddef>
-#include <cstdint>
-
-#if defined(__CUDACC__)
-#define FASTRIS_HOST_DEVICE __host__ __device__
-#else
-#define FASTRIS_HOST_DEVICE
-#endif
+#include "lanes.h"
 
 namespace fastris {
 
@@ -24,189 +21,232 @@ namespace fastris {
 constexpr int32_t kAssignmentInfeasible = 1;  // fewer than min(P, G) pairs: forbidden edges left somebody out
 constexpr int32_t kAssignmentInvalid = 2;     // NaN or -inf among the costs, replaced by the worst finite cost
 
-// One matrix inside a batch. Offsets are 64-bit, and strides may be anything, so no copy and no transpose is needed.
+// One matrix inside a batch, as the caller has it. Offsets are 64-bit, and strides may be anything.
 template <typename T>
 struct CostView {
   const T* data;
   int64_t row_stride;
   int64_t col_stride;
   bool maximize;
-  double worst = 0;  // stands in for NaN and -inf
 
-  FASTRIS_HOST_DEVICE double raw(int64_t row, int64_t col) const {
-    const double value = static_cast<double>(data[row * row_stride + col * col_stride]);
+  FASTRIS_HOST_DEVICE T operator()(int64_t row, int64_t col) const {
+    const T value = data[row * row_stride + col * col_stride];
     return maximize ? -value : value;
   }
+  FASTRIS_HOST_DEVICE CostView transposed() const { return {data, col_stride, row_stride, maximize}; }
+};
 
-  FASTRIS_HOST_DEVICE double operator()(int64_t row, int64_t col) const {
-    const double value = raw(row, col);
-    return value > -INFINITY ? value : worst;  // false for NaN too
+FASTRIS_HOST_DEVICE inline int64_t round_up(int64_t count, int64_t width) { return (count + width - 1) / width * width; }
+
+// A matrix as it is solved: rows of a padded length, the padding +inf, nothing NaN or -inf.
+template <typename T>
+struct PackedCost {
+  const T* data;
+  int64_t row_length;
+
+  template <typename Lanes>
+  FASTRIS_INLINE typename Lanes::Reals load(int64_t row, int64_t base) const {
+    return Lanes::load(data + row * row_length, base);
   }
 };
 
-// Scratch of one matrix: 2m + n doubles, 3m + n int32 and m + n bytes, in that order.
+// Scratch of one matrix. All arrays are padded to a multiple of the lanes.
+template <typename Index>
 struct AssignmentWorkspace {
-  double* shortest;      // [m]
-  double* dual_col;      // [m]
-  double* dual_row;      // [n]
-  int32_t* row_of_col;   // [m]
-  int32_t* path;         // [m] row before the column on the shortest path
-  int32_t* remaining;    // [m] columns not yet in the tree, in scan order
-  int32_t* col_of_row;   // [n]
-  uint8_t* col_in_tree;  // [m]
-  uint8_t* row_in_tree;  // [n]
+  double* dual_col;       // [m] -inf while the column is in the tree, which keeps it from being reached again
+  double* distance;       // [m] of open columns from the tree; +inf in the tree
+  double* dual_row;       // [n]
+  double* tree_distance;  // [n] the columns of the tree in the order they joined: their distance,
+  double* tree_dual;      // [n] their dual,
+  Index* tree_col;        // [n] themselves,
+  Index* tree_pos;        // [n] their place in SciPy's list,
+  Index* tree_moved;      // [n] and the column that took this place
+  Index* col_of_row;      // [n]
+  Index* row_of_col;      // [m]
+  Index* row_before;      // [m] row before the column on its shortest path
+  Index* key;             // [m] which of several nearest columns goes first
+  Index* open;            // [m] SciPy's list
 
-  static FASTRIS_HOST_DEVICE int64_t bytes(int64_t n, int64_t m) {
-    const int64_t total = (2 * m + n) * static_cast<int64_t>(sizeof(double)) +
-        (3 * m + n) * static_cast<int64_t>(sizeof(int32_t)) + m + n;
-    return (total + 15) / 16 * 16;
+  static FASTRIS_HOST_DEVICE int64_t bytes(int64_t padded_n, int64_t padded_m) {
+    return padded_m * (2 * sizeof(double) + 4 * sizeof(Index)) + padded_n * (3 * sizeof(double) + 4 * sizeof(Index));
   }
 
-  FASTRIS_HOST_DEVICE AssignmentWorkspace(void* memory, int64_t n, int64_t m) {
-    shortest = static_cast<double*>(memory);
-    dual_col = shortest + m;
-    dual_row = dual_col + m;
-    row_of_col = reinterpret_cast<int32_t*>(dual_row + n);
-    path = row_of_col + m;
-    remaining = path + m;
-    col_of_row = remaining + m;
-    col_in_tree = reinterpret_cast<uint8_t*>(col_of_row + n);
-    row_in_tree = col_in_tree + m;
+  FASTRIS_HOST_DEVICE AssignmentWorkspace(void* memory, int64_t padded_n, int64_t padded_m) {
+    dual_col = static_cast<double*>(memory);
+    distance = dual_col + padded_m;
+    dual_row = distance + padded_m;
+    tree_distance = dual_row + padded_n;
+    tree_dual = tree_distance + padded_n;
+    tree_col = reinterpret_cast<Index*>(tree_dual + padded_n);
+    tree_pos = tree_col + padded_n;
+    tree_moved = tree_pos + padded_n;
+    col_of_row = tree_moved + padded_n;
+    row_of_col = col_of_row + padded_n;
+    row_before = row_of_col + padded_m;
+    key = row_before + padded_m;
+    open = key + padded_m;
   }
 };
 
-// Grows the shortest path tree from `start` until it meets a free column. Returns that column and its distance, or -1
-// where every reachable column is taken. At most m rounds, since each moves one column into the tree.
-template <typename Cost>
-FASTRIS_HOST_DEVICE int32_t shortest_augmenting_path(
-    const Cost& cost, const AssignmentWorkspace& work, int32_t n, int32_t m, int32_t start, double* distance) {
-  for (int32_t row = 0; row < n; ++row) work.row_in_tree[row] = 0;
-  for (int32_t col = 0; col < m; ++col) {
-    work.col_in_tree[col] = 0;
-    work.shortest[col] = INFINITY;
-    work.remaining[col] = m - 1 - col;  // so that a constant matrix gives the identity
-  }
-  double reached = 0;
-  int32_t row = start;
-  for (int32_t num_remaining = m; num_remaining > 0; --num_remaining) {
-    work.row_in_tree[row] = 1;
-    double lowest = INFINITY;
-    int32_t best = -1;
-    for (int32_t k = 0; k < num_remaining; ++k) {
-      const int32_t col = work.remaining[k];
-      const double through = reached + cost(row, col) - work.dual_row[row] - work.dual_col[col];
-      if (through < work.shortest[col]) {
-        work.path[col] = row;
-        work.shortest[col] = through;
-      }
-      const double candidate = work.shortest[col];
-      if (candidate < lowest || (candidate == lowest && work.row_of_col[col] == -1)) {
-        lowest = candidate;
-        best = k;
-      }
-    }
-    if (best < 0 || lowest == INFINITY) return -1;
-    reached = lowest;
-    const int32_t col = work.remaining[best];
-    work.col_in_tree[col] = 1;
-    if (work.row_of_col[col] == -1) {
-      *distance = reached;
-      return col;
-    }
-    row = work.row_of_col[col];
-    work.remaining[best] = work.remaining[num_remaining - 1];
-  }
-  return -1;
-}
+template <typename Lanes, typename Cost>
+class AssignmentSolver {
+  using Index = typename Lanes::Index;
+  using Reals = typename Lanes::Reals;
+  using Indices = typename Lanes::Indices;
 
-// Solves n <= m. Rows without an augmenting path are left at -1; duals and matching stay as they were, and by the
-// exchange property no later row could have helped them. Returns the number of such rows.
-template <typename Cost>
-FASTRIS_HOST_DEVICE int32_t
-solve_wide(const Cost& cost, const AssignmentWorkspace& work, int32_t n, int32_t m) {
-  for (int32_t row = 0; row < n; ++row) {
-    work.dual_row[row] = 0;
-    work.col_of_row[row] = -1;
-  }
-  for (int32_t col = 0; col < m; ++col) {
-    work.dual_col[col] = 0;
-    work.row_of_col[col] = -1;
-    work.path[col] = -1;
-  }
-  int32_t skipped = 0;
-  for (int32_t start = 0; start < n; ++start) {
-    double distance = 0;
-    const int32_t sink = shortest_augmenting_path(cost, work, n, m, start, &distance);
-    if (sink < 0) {
-      ++skipped;
-      continue;
+ public:
+  FASTRIS_INLINE AssignmentSolver(Cost cost, AssignmentWorkspace<Index> work, int32_t n, int32_t m)
+      : cost_(cost), work_(work), n_(n), m_(m), padded_m_(static_cast<int32_t>(round_up(m, Lanes::width))) {}
+
+  // Matches the rows in order. A row without an augmenting path is left at -1; duals and matching stay as they were,
+  // and by the exchange property no later row could have helped it. Returns the number of such rows.
+  FASTRIS_INLINE int32_t solve() {
+    const Indices unmatched = Lanes::all(static_cast<Index>(-1));
+    for (int32_t base = 0; base < padded_m_; base += Lanes::width) {
+      const Indices home = Lanes::all(static_cast<Index>(m_ - 1)) - Lanes::numbers(base);
+      Lanes::store(work_.dual_col, base, Lanes::all(0.0));
+      Lanes::store(work_.row_of_col, base, unmatched);
+      Lanes::store(work_.open, base, home);  // its own inverse: column m - 1 - k is at place k
+      Lanes::store(work_.key, base, home + Lanes::all(static_cast<Index>(m_)));
     }
-    work.dual_row[start] += distance;
-    for (int32_t row = 0; row < n; ++row) {
-      if (work.row_in_tree[row] && row != start) {
-        work.dual_row[row] += distance - work.shortest[work.col_of_row[row]];
+    for (int32_t base = 0; base < n_; base += Lanes::width) Lanes::store(work_.col_of_row, base, unmatched);
+    Lanes::sync();
+    int32_t skipped = 0;
+    for (int32_t row = 0; row < n_; ++row) skipped += match(row) ? 0 : 1;
+    return skipped;
+  }
+
+ private:
+  // Matches one more row; false where forbidden edges leave it no way to a free column.
+  FASTRIS_INLINE bool match(int32_t start) {
+    double reached = reach_from(start);
+    if (reached == INFINITY) return false;
+    Index key = best_key(reached);
+    if (key >= m_) {  // most rows end here: their nearest column is free
+      const Index col = work_.open[key - m_];
+      if (Lanes::leader()) {
+        work_.dual_row[start] = reached;
+        work_.col_of_row[start] = col;
+        work_.row_of_col[col] = start;
       }
+      set_taken(col);
+      Lanes::sync();
+      return true;
     }
-    for (int32_t col = 0; col < m; ++col) {
-      if (work.col_in_tree[col]) work.dual_col[col] -= distance - work.shortest[col];
+
+    // Grow the tree of shortest paths over taken columns until the nearest open column is a free one. Each matched row
+    // joins once, which bounds the loop.
+    for (int32_t base = 0; base < padded_m_; base += Lanes::width) {
+      Lanes::store(work_.row_before, base, Lanes::all(static_cast<Index>(start)));
     }
-    int32_t col = sink;
-    for (int32_t step = 0; step < n; ++step) {
-      const int32_t row = work.path[col];
-      const int32_t next = work.col_of_row[row];
-      work.row_of_col[col] = row;
-      work.col_of_row[row] = col;
+    int32_t size = 0;
+    while (key < m_ && size < start) {
+      const Index row = join(size, -key, reached);
+      ++size;
+      reached = relax(row, reached, work_.dual_row[row]);
+      if (reached == INFINITY) break;
+      key = best_key(reached);
+    }
+    const bool found = key >= m_;
+    const Index sink = found ? work_.open[key - m_] : -1;
+    Lanes::sync();
+    for (int32_t k = Lanes::lane(); k < size; k += Lanes::stride()) leave(k, reached, found);
+    Lanes::sync();
+    if (found && Lanes::leader()) {
+      work_.dual_row[start] = reached;
+      augment(start, sink);
+    }
+    Lanes::sync();
+    if (found) set_taken(sink);
+    return found;
+  }
+
+  // Distances from a row that is not matched yet; returns the least.
+  FASTRIS_INLINE double reach_from(int32_t row) const {
+    Reals least = Lanes::all(static_cast<double>(INFINITY));
+    for (int32_t base = 0; base < padded_m_; base += Lanes::width) {
+      const Reals distance = cost_.template load<Lanes>(row, base) - Lanes::load(work_.dual_col, base);
+      Lanes::store(work_.distance, base, distance);
+      least = Lanes::smaller(distance, least);
+    }
+    return Lanes::least(least);
+  }
+
+  // Distances by way of a row that has just joined; returns the least distance of an open column.
+  FASTRIS_INLINE double relax(Index row, double reached, double dual) const {
+    const Reals before = Lanes::all(reached), own = Lanes::all(dual);
+    Reals least = Lanes::all(static_cast<double>(INFINITY));
+    for (int32_t base = 0; base < padded_m_; base += Lanes::width) {
+      const Reals through =
+          before + cost_.template load<Lanes>(row, base) - own - Lanes::load(work_.dual_col, base);  // SciPy's order
+      const Reals known = Lanes::load(work_.distance, base);
+      const auto shorter = Lanes::less(through, known);
+      const Reals distance = Lanes::select(shorter, through, known);
+      Lanes::store(work_.distance, base, distance);
+      const Indices by = Lanes::all(row);
+      Lanes::store(work_.row_before, base, Lanes::select(shorter, by, Lanes::load(work_.row_before, base)));
+      least = Lanes::smaller(distance, least);
+    }
+    return Lanes::least(least);
+  }
+
+  // The largest key among the open columns at this distance.
+  FASTRIS_INLINE Index best_key(double nearest) const {
+    return Lanes::greatest_key(work_.distance, nearest, work_.key, static_cast<Index>(-m_), padded_m_);
+  }
+
+  // Moves the taken column at a place of the list into the tree, and the list's last column to its place. Returns the
+  // column's row.
+  FASTRIS_INLINE Index join(int32_t size, Index pos, double reached) {
+    const Index col = work_.open[pos];
+    const Index moved = work_.open[m_ - 1 - size];
+    const Index row = work_.row_of_col[col];
+    Lanes::sync();
+    if (Lanes::leader()) {
+      work_.tree_distance[size] = reached;
+      work_.tree_dual[size] = work_.dual_col[col];
+      work_.tree_col[size] = col;
+      work_.tree_pos[size] = pos;
+      work_.tree_moved[size] = moved;
+      work_.open[pos] = moved;
+    }
+    Lanes::sync();
+    Lanes::put(work_.dual_col, col, -static_cast<double>(INFINITY));
+    Lanes::put(work_.distance, col, static_cast<double>(INFINITY));
+    Lanes::put(work_.key, moved, static_cast<Index>(work_.row_of_col[moved] < 0 ? m_ + pos : -pos));
+    return row;
+  }
+
+  // Takes the k-th column back out of the tree, updates its dual and its row's where the tree found a free column, and
+  // puts the list in order again.
+  FASTRIS_INLINE void leave(int32_t k, double reached, bool found) {
+    const Index col = work_.tree_col[k], pos = work_.tree_pos[k], moved = work_.tree_moved[k];
+    const double change = found ? reached - work_.tree_distance[k] : 0.0;
+    work_.dual_col[col] = work_.tree_dual[k] - change;
+    work_.dual_row[work_.row_of_col[col]] += change;
+    work_.open[pos] = m_ - 1 - pos;
+    const Index home = m_ - 1 - moved;
+    work_.key[moved] = work_.row_of_col[moved] < 0 ? m_ + home : -home;
+  }
+
+  // Along the shortest path, gives each row the column after it.
+  FASTRIS_INLINE void augment(int32_t start, Index sink) {
+    Index col = sink;
+    for (int32_t step = 0; step < n_; ++step) {
+      const Index row = work_.row_before[col];
+      const Index next = work_.col_of_row[row];
+      work_.col_of_row[row] = col;
+      work_.row_of_col[col] = row;
       if (row == start) break;
       col = next;
     }
   }
-  return skipped;
-}
 
-// Solves the leading num_rows x num_cols block of one P x G matrix; counts outside [0, P] and [0, G] are clamped.
-// Writes col_of_row[P] (-1: unmatched) and returns the status bits.
-template <typename T>
-FASTRIS_HOST_DEVICE int32_t solve_assignment(
-    CostView<T> cost, int64_t P, int64_t G, int64_t num_rows, int64_t num_cols, void* memory, int64_t* col_of_row) {
-  for (int64_t row = 0; row < P; ++row) col_of_row[row] = -1;
-  num_rows = num_rows < 0 ? 0 : (num_rows > P ? P : num_rows);
-  num_cols = num_cols < 0 ? 0 : (num_cols > G ? G : num_cols);
-  if (num_rows == 0 || num_cols == 0) return 0;
+  FASTRIS_INLINE void set_taken(Index col) { Lanes::put(work_.key, col, static_cast<Index>(col - (m_ - 1))); }
 
-  int32_t status = 0;
-  bool any_finite = false;
-  for (int64_t row = 0; row < num_rows; ++row) {
-    for (int64_t col = 0; col < num_cols; ++col) {
-      const double value = cost.raw(row, col);
-      if (!(value > -INFINITY)) {
-        status |= kAssignmentInvalid;
-      } else if (value < INFINITY && (!any_finite || value > cost.worst)) {
-        any_finite = true;
-        cost.worst = value;
-      }
-    }
-  }
-
-  const bool transposed = num_cols < num_rows;
-  const int32_t n = static_cast<int32_t>(transposed ? num_cols : num_rows);
-  const int32_t m = static_cast<int32_t>(transposed ? num_rows : num_cols);
-  const AssignmentWorkspace work(memory, n, m);
-  if (transposed) {
-    const int64_t swapped = cost.row_stride;
-    cost.row_stride = cost.col_stride;
-    cost.col_stride = swapped;
-  }
-  if (solve_wide(cost, work, n, m) > 0) status |= kAssignmentInfeasible;
-  for (int32_t row = 0; row < n; ++row) {
-    const int32_t col = work.col_of_row[row];
-    if (col < 0) continue;
-    if (transposed) {
-      col_of_row[col] = row;
-    } else {
-      col_of_row[row] = col;
-    }
-  }
-  return status;
-}
+  Cost cost_;
+  AssignmentWorkspace<Index> work_;
+  int32_t n_, m_, padded_m_;
+};
 
 }  // namespace fastris

@@ -24,11 +24,12 @@ struct AssignmentCall {
         G(cost.size(2)),
         col_of_row(empty_on(cost, {B, P}, ScalarType::Long)),
         status(empty_on(cost, {B}, ScalarType::Int)) {
-    FASTRIS_CHECK(P < INT32_MAX && G < INT32_MAX, "assignment: cost must have fewer than 2^31 rows and columns");
+    FASTRIS_CHECK(P < 1 << 30 && G < 1 << 30, "assignment: cost must have fewer than 2^30 rows and columns");
   }
 
   bool is_double() const { return cost.scalar_type() == ScalarType::Double; }
-  int64_t workspace_bytes() const { return AssignmentWorkspace::bytes(P < G ? P : G, P < G ? G : P); }
+  int64_t n() const { return P < G ? P : G; }
+  int64_t m() const { return P < G ? G : P; }
   const int64_t* rows() const { return num_rows ? num_rows->const_data_ptr<int64_t>() : nullptr; }
   const int64_t* cols() const { return num_cols ? num_cols->const_data_ptr<int64_t>() : nullptr; }
 

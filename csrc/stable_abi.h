@@ -61,6 +61,14 @@ class CudaScope {
 
   cudaStream_t stream() const { return stream_; }
 
+  // Bytes that a kernel of this device may ask for.
+  int64_t shared_memory_per_block() const {
+    int device = 0, bytes = 0;
+    FASTRIS_CUDA_CHECK(cudaGetDevice(&device));
+    FASTRIS_CUDA_CHECK(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
+    return bytes;
+  }
+
  private:
   torch::stable::accelerator::DeviceGuard guard_;
   cudaStream_t stream_ = nullptr;

@@ -75,6 +75,11 @@ def native_error() -> str | None:
     return _extension_error
 
 
+def extension_path() -> str | None:
+    """The file of ``fastris._C``, or None where it is not loaded."""
+    return None if _extension is None else _extension.__file__
+
+
 def cuda_archs() -> str:
     """The architectures that CUDA kernels were compiled for, as in "8.0;9.0+PTX"; empty where none were."""
     return "" if _extension is None else str(_extension.CUDA_ARCHS)

@@ -1,0 +1,83 @@
+// Solving the images of a batch one after the other, in the instruction set of the file that includes this: everything
+// but the entry points has internal linkage, so that no such code runs on a machine without those instructions.
+#pragma once
+
+#include "assignment_pack.h"
+
+namespace fastris {
+
+// A batch of P x G matrices as plain pointers: asking a tensor costs a call through the ABI.
+template <typename T>
+struct AssignmentBatch {
+  const T* cost;
+  int64_t batch_stride, row_stride, col_stride;
+  bool maximize;
+  int64_t P, G;
+  const int64_t* num_rows;  // or null
+  const int64_t* num_cols;  // or null
+  int64_t* col_of_row;
+  int32_t* status;
+};
+
+// Solve images begin .. end - 1 with scratch at a 64-byte boundary.
+template <typename T>
+using SolveImages = void (*)(const AssignmentBatch<T>& batch, int64_t begin, int64_t end, char* scratch);
+
+template <typename T>
+void solve_images_avx2(const AssignmentBatch<T>& batch, int64_t begin, int64_t end, char* scratch);
+template <typename T>
+void solve_images_avx512(const AssignmentBatch<T>& batch, int64_t begin, int64_t end, char* scratch);
+
+namespace {
+
+constexpr int64_t kCacheLine = 64;  // bytes; lanes that straddle two lines cost twice
+constexpr int64_t kMostLanes = 128;
+
+// Scratch for any matrix of a batch with any number of lanes: what the solver needs, then the packed costs.
+inline int64_t solver_bytes(int64_t P, int64_t G) {
+  const int64_t n = P < G ? P : G, m = P < G ? G : P;
+  return round_up(AssignmentWorkspace<int64_t>::bytes(round_up(n, kMostLanes), round_up(m, kMostLanes)), kCacheLine);
+}
+template <typename T>
+int64_t scratch_bytes(int64_t P, int64_t G) {
+  const int64_t n = P < G ? P : G, m = P < G ? G : P;
+  return solver_bytes(P, G) + n * round_up(m, kMostLanes) * static_cast<int64_t>(sizeof(T));
+}
+
+template <int N, typename T>
+FASTRIS_INLINE int32_t solve_image(const AssignmentBatch<T>& batch, int64_t b, char* scratch) {
+  int64_t* col_of_row = batch.col_of_row + b * batch.P;
+  std::memset(col_of_row, -1, static_cast<size_t>(batch.P) * sizeof(int64_t));
+  const int64_t rows = batch.num_rows ? std::clamp<int64_t>(batch.num_rows[b], 0, batch.P) : batch.P;
+  const int64_t cols = batch.num_cols ? std::clamp<int64_t>(batch.num_cols[b], 0, batch.G) : batch.G;
+  if (rows == 0 || cols == 0) return 0;
+
+  const CostView<T> cost{batch.cost + b * batch.batch_stride, batch.row_stride, batch.col_stride, batch.maximize};
+  const bool transposed = cols < rows;
+  const int64_t n = transposed ? cols : rows, m = transposed ? rows : cols;
+  T* costs = reinterpret_cast<T*>(scratch + solver_bytes(batch.P, batch.G));
+  const Packed<T> packed{costs, round_up(m, N < 8 ? 8 : N), n, m};
+  int32_t status = 0;
+  if (pack(transposed ? cost.transposed() : cost, packed)) {
+    replace_invalid(packed);
+    status |= kAssignmentInvalid;
+  }
+  using Lanes = VectorLanes<N>;
+  const AssignmentWorkspace<typename Lanes::Index> work(scratch, round_up(n, N), packed.row_length);
+  AssignmentSolver<Lanes, PackedCost<T>> solver(
+      {packed.data, packed.row_length}, work, static_cast<int32_t>(n), static_cast<int32_t>(m));
+  if (solver.solve() > 0) status |= kAssignmentInfeasible;
+  for (int64_t row = 0; row < n; ++row) {
+    const int64_t col = work.col_of_row[row];
+    if (col >= 0) col_of_row[transposed ? col : row] = transposed ? row : col;
+  }
+  return status;
+}
+
+template <int N, typename T>
+FASTRIS_INLINE void solve_images(const AssignmentBatch<T>& batch, int64_t begin, int64_t end, char* scratch) {
+  for (int64_t b = begin; b < end; ++b) batch.status[b] = solve_image<N>(batch, b, scratch);
+}
+
+}  // namespace
+}  // namespace fastris
