@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -347,6 +349,23 @@ def test_boxes_need_four_numbers():
     targets[0]["boxes"] = targets[0]["boxes"][:, :3]
     with pytest.raises(ValueError, match=r"targets\[0\]\['boxes'\] must be \(n,4\)"):
         box_matcher()(outputs, targets)
+
+
+@pytest.mark.parametrize("lengths", [[3, 0], [0, 0]])
+def test_the_documented_swaps_run(lengths):
+    text = (Path(__file__).parents[2] / "docs" / "matchers.md").read_text()
+    outputs, targets = box_problem(6, lengths)
+    outputs["pred_masks"] = torch.randn(2, 6, 4, 4)
+    targets = [{**target, "masks": torch.ones(len(target["labels"]), 8, 8)} for target in targets]
+    blocks = [part.split("```")[0] for part in text.split("```python\n")[1:]]
+    assert len(blocks) == 4
+    for block in blocks:
+        names = {"criterion": SimpleNamespace(), "outputs": outputs, "targets": targets}
+        exec(block, names)
+        if "indices" in names:
+            assert [len(rows) for rows, _ in names["indices"]] == lengths
+        else:
+            assert (names["classes"] != names["no_object"]).sum() <= sum(lengths) and names["loss"].isfinite()
 
 
 def test_repr_shows_the_options():
