@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from fastris.nn.config import ModelConfig
     from fastris.nn.convlstm import ConvLSTM, ConvLSTMCell
     from fastris.nn.loss import RISLoss, match
+    from fastris.nn.matcher import HungarianMatcher, MaskHungarianMatcher
     from fastris.nn.model import RecurrentInstanceSegmenter
     from fastris.ops.assignment import assignment, linear_sum_assignment
     from fastris.ops.convlstm import convlstm
@@ -25,8 +26,10 @@ __version__ = "0.1.0"
 _HOME = {
     "ConvLSTM": "fastris.nn.convlstm",
     "ConvLSTMCell": "fastris.nn.convlstm",
+    "HungarianMatcher": "fastris.nn.matcher",
     "InputError": "fastris.errors",
     "Instances": "fastris.instances",
+    "MaskHungarianMatcher": "fastris.nn.matcher",
     "ModelConfig": "fastris.nn.config",
     "RISLoss": "fastris.nn.loss",
     "RecurrentInstanceSegmenter": "fastris.nn.model",
@@ -45,8 +48,10 @@ _HOME = {
 __all__ = [
     "ConvLSTM",
     "ConvLSTMCell",
+    "HungarianMatcher",
     "InputError",
     "Instances",
+    "MaskHungarianMatcher",
     "ModelConfig",
     "RISLoss",
     "RecurrentInstanceSegmenter",

@@ -47,13 +47,16 @@ def match(
 ) -> Matches:
     """Match predicted masks to targets one-to-one so that the total soft IoU is the largest.
 
+    Everything stays on the device: no host sync, one graph under ``torch.compile``. The one exception is a label map
+    without ``num_labels``, whose maximum is read.
+
     Args:
         pred, target, num_pred, num_target, num_labels: as in :func:`fastris.soft_iou`.
         bonus: optional (B, T, G), added to the IoU for the matching alone.
     """
     iou = soft_iou(pred, target, num_pred, num_target, num_labels)
     cost = -iou.detach() if bonus is None else -(iou.detach() + bonus)
-    target_of_pred = assignment(cost.float(), num_pred, num_target).col_of_row
+    target_of_pred = assignment(cost, num_pred, num_target).col_of_row
     return Matches(target_of_pred, take_matched(iou, target_of_pred))
 
 
@@ -76,7 +79,13 @@ class RISLoss(nn.Module):
             above 0 it makes the choice of *which* object now a decision instead of a hedge.
         per_instance: divide each image's mask and place terms by its n, and its confidence term by T.
 
-    ``forward(output, labels, counts)``: labels (B, H, W) integer with instances 1 … n without gaps, counts (B,) the n.
+    ``forward(output, target, counts, num_labels=None)``: target is a label map (B, H, W), integer, with instances 1 … n
+    without gaps, or masks (B, G, H, W) of which the first n are an image's own; counts (B,), integer, is n. Everything
+    stays on the device: no host sync, one graph under ``torch.compile``. The one exception is a label map without
+    ``num_labels`` (any number ≥ every n; the work grows with it): then the largest count is read.
+
+    Raises:
+        ValueError: an unknown ``variant``; shapes, dtypes or devices that do not fit; the message names the argument.
 
     Source: Romera-Paredes & Torr, ECCV 2016, eq. 6–8; bernard24/RIS for the variant.
     """
@@ -96,19 +105,26 @@ class RISLoss(nn.Module):
         self.place_weight = place_weight
         self.per_instance = per_instance
 
-    def forward(self, output: RISOutput, labels: Tensor, counts: Tensor, num_labels: int | None = None) -> LossTerms:
-        steps = output.score_logits.shape[1]
-        if num_labels is None:
-            num_labels = int(counts.max()) if counts.numel() else 0
+    def forward(self, output: RISOutput, target: Tensor, counts: Tensor, num_labels: int | None = None) -> LossTerms:
+        batch, steps = output.score_logits.shape
+        if counts.is_floating_point() or tuple(counts.shape) != (batch,) or counts.device != target.device:
+            expected = f"integer ({batch},) on the device of target, {target.device}"
+            raise ValueError(
+                f"RISLoss: counts must be {expected}, got {counts.dtype} {tuple(counts.shape)} on {counts.device}"
+            )
+        if target.dim() == 4:
+            num_labels = target.shape[1]
+        elif num_labels is None:
+            num_labels = int(counts.max()) if batch else 0
         dtype = torch.float64 if output.mask_logits.dtype == torch.float64 else torch.float32
         logits = F.interpolate(
-            output.mask_logits.to(dtype), size=labels.shape[-2:], mode="bilinear", align_corners=False
+            output.mask_logits.to(dtype), size=target.shape[-2:], mode="bilinear", align_corners=False
         )
         num_pred = counts.clamp_max(steps) if self.variant == "first_n" else None
         on_target = mass = None
         if self.place_weight:
-            mass = place_on_target(output.log_place.to(dtype), labels, num_labels)
-        matches = match(logits.sigmoid(), labels, num_pred, counts, num_labels, None if mass is None else mass.detach())
+            mass = place_on_target(output.log_place.to(dtype), target, num_labels)
+        matches = match(logits.sigmoid(), target, num_pred, counts, num_labels, None if mass is None else mass.detach())
         per_image = counts.clamp_min(1).to(dtype) if self.per_instance else 1.0
         mask = -(matches.iou.sum(1) / per_image).mean()
         place = mask.new_zeros(())
@@ -124,13 +140,16 @@ class RISLoss(nn.Module):
         return LossTerms(total, mask, confidence, place)
 
 
-def place_on_target(log_place: Tensor, labels: Tensor, num_labels: int) -> Tensor:
-    """The share of each step's spatial softmax that lies on each instance: (B, T, h, w), (B, H, W) → (B, T, G).
+def place_on_target(log_place: Tensor, target: Tensor, num_labels: int) -> Tensor:
+    """The share of each step's spatial softmax that lies on each instance: (B, T, h, w), target → (B, T, G).
 
-    A cell belongs to the highest label among its pixels, so that no instance is too small to have a cell.
+    A cell belongs to the highest label among its pixels, or to every mask that has one of them, so that no instance is
+    too small to have a cell.
     """
-    height, width = log_place.shape[-2:]
-    cells = F.adaptive_max_pool2d(labels.to(torch.float32), (height, width)).to(labels.dtype)
-    ids = torch.arange(1, num_labels + 1, device=labels.device, dtype=labels.dtype)
-    on_instance = (cells.unsqueeze(1) == ids.view(1, -1, 1, 1)).to(log_place.dtype)
+    maps = target if target.dim() == 4 else target.unsqueeze(1)
+    images = maps.to(torch.float32).flatten(0, 1).unsqueeze(1)  # pooling takes no empty dimension but the first
+    cells = F.adaptive_max_pool2d(images, log_place.shape[-2:]).view(*maps.shape[:2], *log_place.shape[-2:])
+    if target.dim() == 3:
+        cells = cells == torch.arange(1, num_labels + 1, device=target.device).view(1, -1, 1, 1)
+    on_instance = cells.to(log_place.dtype)
     return log_place.exp().flatten(2) @ on_instance.flatten(2).transpose(1, 2)

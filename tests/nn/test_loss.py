@@ -24,6 +24,11 @@ def make_output(batch, steps, size=6, dtype=torch.float64):
     )
 
 
+def moved(output, device):
+    tensors = (tensor.detach().to(device).requires_grad_() for tensor in output[:3])
+    return RISOutput(*tensors, stride=output.stride, place_stride=output.place_stride)
+
+
 def labels_of(batch, size=6):
     """Images with 0, 1, 2, 3 … instances, a row of pixels each."""
     labels = torch.zeros(batch, size, size, dtype=torch.int64)
@@ -108,11 +113,84 @@ def test_place_mass_counts_every_cell_that_an_instance_touches():
     )
 
 
-def test_no_instance_in_the_whole_batch():
+@pytest.mark.parametrize("shape", [(2, 6, 6), (2, 0, 6, 6)], ids=["labels", "masks"])
+def test_no_instance_in_the_whole_batch(shape):
     output = make_output(2, 2)
-    loss = RISLoss(place_weight=1.0)(output, torch.zeros(2, 6, 6, dtype=torch.int64), torch.zeros(2, dtype=torch.int64))
+    loss = RISLoss(place_weight=1.0)(output, torch.zeros(shape, dtype=torch.int64), torch.zeros(2, dtype=torch.int64))
     loss.total.backward()
     assert loss.mask.item() == 0 and torch.isfinite(output.score_logits.grad).all()
+
+
+@pytest.mark.parametrize("variant", ["all", "first_n"])
+@pytest.mark.parametrize("place_weight", [0.0, 0.5])
+def test_masks_and_a_label_map_give_the_same(variant, place_weight):
+    output, (labels, counts) = make_output(3, 4), labels_of(3)
+    masks = torch.stack([labels == k for k in (1, 2)], 1)
+    criterion = RISLoss(variant, place_weight=place_weight)
+    torch.testing.assert_close(criterion(output, masks, counts), criterion(output, labels, counts))
+
+
+def values_and_gradients(criterion, output, *arguments):
+    terms = criterion(output, *arguments)
+    leaves = output.mask_logits, output.score_logits, output.log_place
+    return terms, torch.autograd.grad(terms.total, leaves, allow_unused=True, materialize_grads=True)
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("variant", "place_weight"), [("all", 0.5), ("first_n", 0.0)])
+def test_the_loss_and_its_gradient_are_one_graph(variant, place_weight, backend):
+    output, (labels, counts) = make_output(4, 3), labels_of(4)
+    criterion = RISLoss(variant, place_weight=place_weight, per_instance=variant == "all")
+    compiled = torch.compile(criterion, fullgraph=True, backend=backend)
+    for target in (labels, torch.stack([labels == k for k in (1, 2, 3)], 1)):
+        found = values_and_gradients(compiled, output, target, counts, 3)
+        torch.testing.assert_close(found, values_and_gradients(criterion, output, target, counts, 3))
+
+
+@pytest.mark.parametrize("first_n", [False, True])
+def test_match_and_its_gradient_are_one_graph(first_n):
+    pred, (labels, counts) = torch.rand(4, 5, 6, 6, requires_grad=True), labels_of(4)
+    num_pred = counts.clamp_max(5) if first_n else None
+    found = torch.compile(match, fullgraph=True, backend="aot_eager")(pred, labels, num_pred, counts, 3)
+    expected = match(pred, labels, num_pred, counts, 3)
+    assert torch.equal(found.target_of_pred, expected.target_of_pred)
+    torch.testing.assert_close(found.iou, expected.iou)
+    grads = [torch.autograd.grad(matches.iou.square().sum(), pred)[0] for matches in (found, expected)]
+    torch.testing.assert_close(*grads)
+
+
+@pytest.mark.parametrize("variant", ["all", "first_n"])
+def test_nothing_is_read_back(variant):
+    """On tensors without data, whatever needs a value (.item, .cpu, nonzero, a boolean index) raises."""
+    output = moved(make_output(4, 3), "meta")
+    labels, counts = (tensor.to("meta") for tensor in labels_of(4))
+    criterion = RISLoss(variant, place_weight=0.5)
+    criterion(output, labels, counts, 3).total.backward()
+    criterion(output, labels.unsqueeze(1) > 0, counts).total.backward()
+    with pytest.raises(RuntimeError, match="meta"):  # the documented exception, and the proof that reading raises
+        criterion(output, labels, counts)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("variant", ["all", "first_n"])
+def test_no_sync_on_cuda(variant):
+    output, (labels, counts) = make_output(4, 3), labels_of(4)
+    criterion = RISLoss(variant, place_weight=0.5)
+    expected = values_and_gradients(criterion, output, labels, counts, 3)
+    output, labels, counts = moved(output, "cuda"), labels.cuda(), counts.cuda()
+    values_and_gradients(criterion, output, labels, counts, 3)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        found = values_and_gradients(criterion, output, labels, counts, 3)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    torch.testing.assert_close(found, expected, check_device=False)
+
+
+@pytest.mark.parametrize("counts", [torch.ones(3).long(), torch.ones(2), torch.ones(2).long().to("meta")])
+def test_wrong_counts_are_named(counts):
+    with pytest.raises(ValueError, match="RISLoss: counts must be integer"):
+        RISLoss()(make_output(2, 2), labels_of(2)[0], counts)
 
 
 def test_an_unknown_variant_is_named():
