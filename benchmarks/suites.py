@@ -21,18 +21,14 @@ Labels = Mapping[str, str]
 
 @dataclass(frozen=True)
 class Case:
-    """A comparison.
+    """What every peer has to do.
 
     Attributes:
-        labels: its name.
-        peers: who takes part.
         inputs: distinct inputs; a sample is one call with each.
         items: matrices (or images) in all inputs together.
         wrong: what is wrong with a peer's answers to all inputs; empty where they are right.
     """
 
-    labels: Labels
-    peers: Sequence[Peer]
     inputs: Sequence[tuple[Any, ...]]
     items: int
     wrong: Callable[[Peer, list[Any]], str]
@@ -61,7 +57,8 @@ class Suite:
         base: the peer that ratios are relative to.
         grid: the labels of all cases.
         quick: tells whether a case belongs to the quick selection.
-        build: makes the case of some labels.
+        peers: who takes part in the case of some labels.
+        build: makes that case.
     """
 
     name: str
@@ -69,6 +66,7 @@ class Suite:
     base: str
     grid: Sequence[Labels]
     quick: Callable[[Labels], bool]
+    peers: Callable[[Labels], list[Peer]]
     build: Callable[[Labels], Case]
 
 
@@ -108,7 +106,7 @@ def total_cost(cost: Tensor, col_of_row: Tensor) -> Tensor:
     return torch.where(col_of_row >= 0, taken, 0.0).sum(1)
 
 
-def assignment_case(labels: Labels, contestants: Sequence[Peer]) -> Case:
+def assignment_case(labels: Labels) -> Case:
     rows, cols = dimensions(labels["shape"])
     matrices = costs.matrices(labels["family"], rows, cols).to(getattr(torch, labels["dtype"]))
     batches = matrices.split(int(labels["batch"]))
@@ -123,7 +121,7 @@ def assignment_case(labels: Labels, contestants: Sequence[Peer]) -> Case:
             return "optimal, but not SciPy's choice among ties"
         return fault
 
-    return Case(labels, contestants, [(batch,) for batch in batches], len(matrices), wrong)
+    return Case([(batch,) for batch in batches], len(matrices), wrong)
 
 
 ASSIGNMENT = Suite(
@@ -141,7 +139,8 @@ ASSIGNMENT = Suite(
         if int(labels["batch"]) <= costs.count(*dimensions(labels["shape"]))
     ],
     quick=lambda labels: labels["shape"] in ("8x6", "22x20") and labels["batch"] in ("1", "64"),
-    build=lambda labels: assignment_case(labels, peers.assignment_peers()),
+    peers=lambda labels: peers.assignment_peers(),
+    build=assignment_case,
 )
 
 OVERHEAD = Suite(
@@ -150,13 +149,9 @@ OVERHEAD = Suite(
     base="torch.ops.fastris.assignment",
     grid=grid(shape=("22x20",), family=("soft_iou",), batch=("1",), dtype=("float32", "float64")),
     quick=lambda labels: True,
-    build=lambda labels: assignment_case(labels, peers.overhead_peers()),
+    peers=lambda labels: peers.overhead_peers(),
+    build=assignment_case,
 )
-
-
-def _scaling_case(labels: Labels) -> Case:
-    one, two = (peers.with_threads(peers.assignment_peers()[0], threads) for threads in (1, 2))
-    return assignment_case(labels, [one, two])
 
 
 SCALING = Suite(
@@ -173,14 +168,15 @@ SCALING = Suite(
         )
     ],
     quick=lambda labels: labels["shape"] in ("8x6", "22x20"),
-    build=_scaling_case,
+    peers=lambda labels: [peers.with_threads(peers.assignment_peers()[0], threads) for threads in (1, 2)],
+    build=assignment_case,
 )
 
 
 # Soft IoU
 
 MOST_BYTES = 2**32
-"""Peers whose intermediate tensors would take more than this do not run."""
+"""Broadcasting does not run where its intermediate tensors would take more than this."""
 
 IOU_TOLERANCE = {"float32": 1e-5, "float64": 1e-10}
 
@@ -204,12 +200,18 @@ def soft_iou_case(labels: Labels) -> Case:
         error = (answers[0].double() - truth).abs().max()
         return "" if error <= tolerance else f"off by {float(error):.1e}"
 
-    contestants = peers.soft_iou_peers(masks.shape[1])
-    needed = 2 * pred.nbytes * masks.shape[1]
-    if needed > MOST_BYTES:
-        reason = f"would take {needed / 2**30:.0f} GiB"
-        contestants = [replace(p, missing=reason) if p.name == "broadcasting" else p for p in contestants]
-    return Case(labels, contestants, [(pred, masks, label_map)], pred.shape[0], wrong)
+    return Case([(pred, masks, label_map)], pred.shape[0], wrong)
+
+
+def soft_iou_peers(labels: Labels) -> list[Peer]:
+    """All; broadcasting holds two tensors of B·P·G·S² at once and sits out where they are too large."""
+    num_pred, num_target, side = dimensions(labels["shape"])
+    needed = 2 * int(labels["batch"]) * num_pred * num_target * side**2 * getattr(torch, labels["dtype"]).itemsize
+    contestants = peers.soft_iou_peers(num_target)
+    if needed <= MOST_BYTES:
+        return contestants
+    reason = f"would take {needed / 2**30:.1f} GiB"
+    return [replace(peer, missing=reason) if peer.name == "broadcasting" else peer for peer in contestants]
 
 
 SOFT_IOU = Suite(
@@ -222,6 +224,7 @@ SOFT_IOU = Suite(
         dtype=("float32", "float64"),
     ),
     quick=lambda labels: labels["shape"] in ("8x6x128", "22x20x64") and labels["batch"] == "1",
+    peers=soft_iou_peers,
     build=soft_iou_case,
 )
 
@@ -253,7 +256,7 @@ def detr_case(labels: Labels) -> Case:
         faults = (matched_fault(part[image], answers[0][image]) for image, part in enumerate(parts))
         return next(filter(None, faults), "")
 
-    return Case(labels, peers.detr_peers(), [(outputs, targets)], batch, wrong)
+    return Case([(outputs, targets)], batch, wrong)
 
 
 def mask2former_case(labels: Labels) -> Case:
@@ -273,7 +276,7 @@ def mask2former_case(labels: Labels) -> Case:
     def wrong(peer: Peer, answers: list[Any]) -> str:
         return next(filter(None, map(matched_fault, parts, answers[0])), "")
 
-    return Case(labels, peers.mask2former_peers(), [(outputs, targets)], batch, wrong)
+    return Case([(outputs, targets)], batch, wrong)
 
 
 def ris_case(labels: Labels) -> Case:
@@ -284,13 +287,13 @@ def ris_case(labels: Labels) -> Case:
     def wrong(peer: Peer, answers: list[Tensor]) -> str:
         return assignment_fault(cost, answers[0], total_cost(cost, truth))
 
-    return Case(labels, peers.ris_peers(), [inputs], len(cost), wrong)
+    return Case([inputs], len(cost), wrong)
 
 
-MATCHER_CASES: dict[str, Callable[[Labels], Case]] = {
-    "detr": detr_case,
-    "mask2former": mask2former_case,
-    "ris": ris_case,
+MATCHER_FAMILIES: dict[str, tuple[Callable[[], list[Peer]], Callable[[Labels], Case]]] = {
+    "detr": (peers.detr_peers, detr_case),
+    "mask2former": (peers.mask2former_peers, mask2former_case),
+    "ris": (peers.ris_peers, ris_case),
 }
 
 MATCHERS = Suite(
@@ -303,7 +306,8 @@ MATCHERS = Suite(
         *grid(family=("ris",), shape=("22x20x64", "22x20x256"), batch=("1", "8", "64")),
     ],
     quick=lambda labels: labels["shape"] in ("100x20", "100x20x64", "22x20x64") and labels["batch"] == "1",
-    build=lambda labels: MATCHER_CASES[labels["family"]](labels),
+    peers=lambda labels: MATCHER_FAMILIES[labels["family"]][0](),
+    build=lambda labels: MATCHER_FAMILIES[labels["family"]][1](labels),
 )
 
 SUITES = {suite.name: suite for suite in (ASSIGNMENT, SOFT_IOU, MATCHERS, OVERHEAD, SCALING)}
