@@ -54,7 +54,7 @@ def interleave(calls: Mapping[str, Callable[[], object]], rounds: int, patience:
     gc.collect()
     gc.disable()
     try:
-        for number in range(rounds):
+        for number in range(rounds if names else 0):
             first = number % len(names)
             order = names[first:] + names[:first]
             for name in reversed(order) if number % 2 else order:
