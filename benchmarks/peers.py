@@ -17,7 +17,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
@@ -128,7 +128,7 @@ def _stacked(result: list[np.ndarray], cost: Tensor) -> Tensor:
     return torch.where(columns < cost.shape[2], columns, -1)
 
 
-def _lap(lap: ModuleType) -> Callable[[Tensor], list[np.ndarray]]:
+def _lap(lap: Any) -> Callable[[Tensor], list[np.ndarray]]:
     def loop(cost: Tensor) -> list[np.ndarray]:
         return [lap.lapjv(matrix, extend_cost=True, return_cost=False)[0] for matrix in cost.numpy()]
 
@@ -149,7 +149,7 @@ def _lapx(solver: str, **options: Any) -> Peer:
     return Peer(f"lapx {solver}", _version("lapx"), batch, answer, missing=missing)
 
 
-def _src_d_lapjv(lapjv: ModuleType) -> Callable[[Tensor], list[np.ndarray]]:
+def _src_d_lapjv(lapjv: Any) -> Callable[[Tensor], list[np.ndarray]]:
     def loop(cost: Tensor) -> list[np.ndarray]:
         rows, cols = cost.shape[1:]
         if rows == cols:
@@ -312,9 +312,7 @@ class NaiveDETRMatcher:
         return [linear_sum_assignment(part[image]) for image, part in enumerate(parts)]
 
 
-def mask_cost(
-    logits: Tensor, mask: Tensor, classes: Tensor, labels: Tensor, weights: tuple[float, float, float]
-) -> Tensor:
+def mask_cost(logits: Tensor, mask: Tensor, classes: Tensor, labels: Tensor, weights: Sequence[float]) -> Tensor:
     """λ_class (−p̂(c)) + λ_mask BCE + λ_dice dice, over the points of one image.
 
     Args:

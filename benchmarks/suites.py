@@ -265,7 +265,7 @@ def mask2former_case(labels: Labels) -> Case:
     batch = int(labels["batch"])
     random = costs.generator("mask2former", labels["shape"], batch)
     outputs, targets = costs.masks_of_mask2former(batch, queries, most, side, random)
-    weights = tuple(peers.MASK2FORMER_WEIGHTS.values())
+    weights = list(peers.MASK2FORMER_WEIGHTS.values())
     parts = [
         peers.mask_cost(
             logits.flatten(1).double(), target["masks"].flatten(1).double(), classes.double(), target["labels"], weights
