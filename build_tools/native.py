@@ -18,6 +18,7 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import Extension
@@ -148,15 +149,21 @@ class BuildNative(build_ext):
             flags += [*sanitize, "-fno-sanitize-recover=all", "-O1", "-g"]
             link += sanitize
 
-        objects, cuda_root, archs = self._cuda_objects(build, includes, defines)
-        if cuda_root:
-            defines += [f'-DFASTRIS_CUDA_ARCHS="{archs}"']
-            link += [f"-L{cuda_root / 'lib64'}", "-lcudart_static", "-ldl", "-lrt", "-lpthread"]
-        for source in ext.sources:
+        def compile_source(source: str) -> Path:
             target = build / (Path(source).as_posix().replace("/", "_") + ".o")
             simd = _instruction_set(Path(source))
             self._run([*_compiler(), *flags, *simd, *defines, *includes, *python, "-c", source, "-o", str(target)])
-            objects.append(target)
+            return target
+
+        module = str(SOURCES / "module.cpp")  # it says what the CUDA kernels were compiled for
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            compiling = [pool.submit(compile_source, source) for source in ext.sources if source != module]
+            objects, cuda_root, archs = self._cuda_objects(build, includes, defines)
+        objects += [job.result() for job in compiling]
+        if cuda_root:
+            defines.append(f'-DFASTRIS_CUDA_ARCHS="{archs}"')
+            link += [f"-L{cuda_root / 'lib64'}", "-lcudart_static", "-ldl", "-lrt", "-lpthread"]
+        objects.append(compile_source(module))
 
         # libtorch.so itself must be a dependency: it brings libtorch_cuda where there is one, and with it the
         # symbols that csrc/stable_abi.h declares weak.

@@ -218,7 +218,8 @@ class Trainer:
         if not math.isfinite(row["loss"]):
             raise DivergedError(f"the validation loss is not finite ({row['loss']}) at step {self.step}")
         if self.curriculum.update(row["loss"]):
-            facts = {"training": self.config.to_dict(), "validation": row, "fastris": __version__}
+            settings = {**self.config.to_dict(), "data": Path(self.config.data).name}  # not where on this machine
+            facts = {"training": settings, "validation": row, "fastris": __version__}
             save(self.out / "model.safetensors", self.model, facts)
         self.curriculum.advance(self.step)
         state = {
