@@ -94,9 +94,6 @@ FAMILIES: dict[str, Callable[[int, int, int, Generator], Tensor]] = {
     "price_war": price_war,
 }
 
-EXACT_IN_FLOAT32 = frozenset({"tied"})
-"""Families whose ties survive fp32 arithmetic, so that SciPy's indices are promised in fp32 too."""
-
 
 @lru_cache(maxsize=4)
 def matrices(family: str, rows: int, cols: int) -> Tensor:

@@ -112,12 +112,11 @@ def assignment_case(labels: Labels) -> Case:
     batches = matrices.split(int(labels["batch"]))
     truth = peers.from_pairs(peers.scipy_loop(matrices), matrices)
     optimum = total_cost(matrices, truth)
-    same_ties = labels["dtype"] == "float64" or labels["family"] in costs.EXACT_IN_FLOAT32
 
     def wrong(peer: Peer, answers: list[Tensor]) -> str:
         answer = torch.cat(answers)
         fault = assignment_fault(matrices, answer, optimum)
-        if not fault and peer.scipy_indices and same_ties and not torch.equal(answer, truth):
+        if not fault and peer.scipy_indices and not torch.equal(answer, truth):
             return "optimal, but not SciPy's choice among ties"
         return fault
 
