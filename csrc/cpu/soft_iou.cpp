@@ -1,6 +1,6 @@
-// soft_iou on the CPU. Every task sums Σq, Σy and Σqy of up to 24 predictions over a chunk of pixels, tile by tile: masks
-// with a register-blocked product of rows, label maps with one addition per prediction and vector of pixels. The sums
-// of a block of tiles are kept in the lanes of vectors of the compute type, the sums of blocks and chunks in fp64.
+// soft_iou on the CPU. Every task sums Σq, Σy and Σqy of up to 24 predictions over a chunk of pixels, tile by tile:
+// masks with a register-blocked product of rows, label maps with one addition per prediction and vector of pixels. The
+// sums of a block of tiles are kept in the lanes of vectors of the compute type, those of blocks and chunks in fp64.
 //
 // B = batch, P = predictions, G = targets, N = pixels.
 #include "pixels.h"
@@ -12,11 +12,13 @@ constexpr int64_t kPanel = 24;      // predictions of a task
 constexpr int64_t kColumns = 4;     // targets of a register block
 constexpr int64_t kFlushTiles = 16;  // tiles whose sums are kept in lanes: 4096 pixels
 
-// Predictions of a register block: 6 × 4 sums and their operands fill the 32 registers of AVX-512, 3 × 4 the 16 of AVX2.
+// Predictions of a register block: 6 × 4 sums and their operands fill the 32 registers of AVX-512, 3 × 4 the 16 of
+// AVX2.
 template <int Bytes>
 constexpr int kBlockRows = Bytes == 64 ? 6 : Bytes == 32 ? 3 : 2;
 
-// The sums of one image and chunk: for every prediction Σqy with every target and then Σq, after that Σy of every target.
+// The sums of one image and chunk: for every prediction Σqy with every target and then Σq, after that Σy of every
+// target.
 struct PartialSums {
   int64_t P, G;
 
