@@ -2,7 +2,7 @@
 //
 // D. F. Crouse, "On implementing 2D rectangular assignment algorithms", IEEE TAES 52(4), 2016, with the row order, scan
 // order, tie rule and fp64 arithmetic of scipy.optimize.linear_sum_assignment, so that the indices agree with SciPy's
-// one for one. Compile without floating point contraction: a fused multiply-add would break ties differently.
+// one for one. It is compiled without floating point contraction, which would round, and so break ties, differently.
 //
 // SciPy scans a list of open columns; here all columns are looked at side by side (lanes.h), and the list decides only
 // between equal distances. Among those SciPy takes the last free column of its list, or the first one if none is free.
@@ -16,6 +16,7 @@
 #include "lanes.h"
 
 namespace fastris {
+namespace {
 
 // Status bits of one matrix.
 constexpr int32_t kAssignmentInfeasible = 1;  // fewer than min(P, G) pairs: forbidden edges left somebody out
@@ -36,7 +37,9 @@ struct CostView {
   FASTRIS_HOST_DEVICE CostView transposed() const { return {data, col_stride, row_stride, maximize}; }
 };
 
-FASTRIS_HOST_DEVICE inline int64_t round_up(int64_t count, int64_t width) { return (count + width - 1) / width * width; }
+FASTRIS_HOST_DEVICE inline int64_t round_up(int64_t count, int64_t width) {
+  return (count + width - 1) / width * width;
+}
 
 // A matrix as it is solved: rows of a padded length, the padding +inf, nothing NaN or -inf.
 template <typename T>
@@ -99,8 +102,8 @@ class AssignmentSolver {
       : cost_(cost), work_(work), n_(n), m_(m), padded_m_(static_cast<int32_t>(round_up(m, Lanes::width))) {}
 
   // Matches the rows in order. A row without an augmenting path is left at -1; duals and matching stay as they were,
-  // and by the exchange property no later row could have helped it. Returns the number of such rows.
-  FASTRIS_INLINE int32_t solve() {
+  // and by the exchange property no later row could have helped it. Returns whether there was none.
+  FASTRIS_INLINE bool solve() {
     const Indices unmatched = Lanes::all(static_cast<Index>(-1));
     for (int32_t base = 0; base < padded_m_; base += Lanes::width) {
       const Indices home = Lanes::all(static_cast<Index>(m_ - 1)) - Lanes::numbers(base);
@@ -111,9 +114,9 @@ class AssignmentSolver {
     }
     for (int32_t base = 0; base < n_; base += Lanes::width) Lanes::store(work_.col_of_row, base, unmatched);
     Lanes::sync();
-    int32_t skipped = 0;
-    for (int32_t row = 0; row < n_; ++row) skipped += match(row) ? 0 : 1;
-    return skipped;
+    bool complete = true;
+    for (int32_t row = 0; row < n_; ++row) complete &= match(row);
+    return complete;
   }
 
  private:
@@ -129,7 +132,7 @@ class AssignmentSolver {
         work_.col_of_row[start] = col;
         work_.row_of_col[col] = start;
       }
-      set_taken(col);
+      take(col, reached);
       Lanes::sync();
       return true;
     }
@@ -149,7 +152,7 @@ class AssignmentSolver {
     }
     const bool found = key >= m_;
     const Index sink = found ? work_.open[key - m_] : -1;
-    Lanes::sync();
+    Lanes::sync();  // before the list is put in order again
     for (int32_t k = Lanes::lane(); k < size; k += Lanes::stride()) leave(k, reached, found);
     Lanes::sync();
     if (found && Lanes::leader()) {
@@ -157,7 +160,7 @@ class AssignmentSolver {
       augment(start, sink);
     }
     Lanes::sync();
-    if (found) set_taken(sink);
+    if (found) take(sink, reached);
     return found;
   }
 
@@ -165,7 +168,8 @@ class AssignmentSolver {
   FASTRIS_INLINE double reach_from(int32_t row) const {
     Reals least = Lanes::all(static_cast<double>(INFINITY));
     for (int32_t base = 0; base < padded_m_; base += Lanes::width) {
-      const Reals distance = cost_.template load<Lanes>(row, base) - Lanes::load(work_.dual_col, base);
+      const Reals through = cost_.template load<Lanes>(row, base) - Lanes::load(work_.dual_col, base);
+      const Reals distance = Lanes::smaller(through, Lanes::all(static_cast<double>(INFINITY)));  // NaN is no distance
       Lanes::store(work_.distance, base, distance);
       least = Lanes::smaller(distance, least);
     }
@@ -201,7 +205,7 @@ class AssignmentSolver {
     const Index col = work_.open[pos];
     const Index moved = work_.open[m_ - 1 - size];
     const Index row = work_.row_of_col[col];
-    Lanes::sync();
+    Lanes::sync();  // all lanes have read what the leader now changes
     if (Lanes::leader()) {
       work_.tree_distance[size] = reached;
       work_.tree_dual[size] = work_.dual_col[col];
@@ -218,7 +222,7 @@ class AssignmentSolver {
   }
 
   // Takes the k-th column back out of the tree, updates its dual and its row's where the tree found a free column, and
-  // puts the list in order again.
+  // puts the list in order again. A place or column that changed twice is written twice, with the same value.
   FASTRIS_INLINE void leave(int32_t k, double reached, bool found) {
     const Index col = work_.tree_col[k], pos = work_.tree_pos[k], moved = work_.tree_moved[k];
     const double change = found ? reached - work_.tree_distance[k] : 0.0;
@@ -242,11 +246,16 @@ class AssignmentSolver {
     }
   }
 
-  FASTRIS_INLINE void set_taken(Index col) { Lanes::put(work_.key, col, static_cast<Index>(col - (m_ - 1))); }
+  FASTRIS_INLINE void take(Index col, double reached) {
+    Lanes::put(work_.key, col, static_cast<Index>(col - (m_ - 1)));
+    // SciPy's update of the dual by reached - reached, which is nothing unless costs have overflowed
+    if (reached == -INFINITY) Lanes::put(work_.dual_col, col, static_cast<double>(NAN));
+  }
 
   Cost cost_;
   AssignmentWorkspace<Index> work_;
   int32_t n_, m_, padded_m_;
 };
 
+}  // namespace
 }  // namespace fastris

@@ -24,12 +24,14 @@ struct AssignmentCall {
         G(cost.size(2)),
         col_of_row(empty_on(cost, {B, P}, ScalarType::Long)),
         status(empty_on(cost, {B}, ScalarType::Int)) {
-    FASTRIS_CHECK(P < 1 << 30 && G < 1 << 30, "assignment: cost must have fewer than 2^30 rows and columns");
+    FASTRIS_CHECK(
+        B < 1 << 30 && P < 1 << 30 && G < 1 << 30, "assignment: cost must be smaller than 2^30 in every dimension");
   }
 
   bool is_double() const { return cost.scalar_type() == ScalarType::Double; }
+  // The sides of the largest matrix as it is solved, n <= m; none where one of them is 0.
   int64_t n() const { return P < G ? P : G; }
-  int64_t m() const { return P < G ? G : P; }
+  int64_t m() const { return n() == 0 ? 0 : P < G ? G : P; }
   const int64_t* rows() const { return num_rows ? num_rows->const_data_ptr<int64_t>() : nullptr; }
   const int64_t* cols() const { return num_cols ? num_cols->const_data_ptr<int64_t>() : nullptr; }
 

@@ -6,6 +6,8 @@
 // what other lanes wrote, visible to all. `lane()` and `stride()` share out a loop of independent iterations.
 #pragma once
 
+#include "inline.h"
+
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -14,20 +16,13 @@
 #include <immintrin.h>
 #endif
 
-#if defined(__CUDACC__)
-#define FASTRIS_HOST_DEVICE __host__ __device__
-#define FASTRIS_INLINE __device__ __forceinline__
-#else
-#define FASTRIS_HOST_DEVICE
-#define FASTRIS_INLINE inline __attribute__((always_inline))
-#endif
-
 namespace fastris {
+namespace {  // each file has its own, in its own instruction set
 
 #if !defined(__CUDACC__)
 
 template <typename T, int N>
-struct VectorOf {
+struct LaneVector {
   typedef T type __attribute__((vector_size(N * sizeof(T))));
 };
 
@@ -37,9 +32,9 @@ template <int N>
 struct VectorLanes {
   static constexpr int width = N;
   using Index = int64_t;  // as wide as a double, so that a comparison of doubles selects between indices
-  using Reals = typename VectorOf<double, N>::type;
-  using Indices = typename VectorOf<int64_t, N>::type;
-  using Floats = typename VectorOf<float, N>::type;
+  using Reals = typename LaneVector<double, N>::type;
+  using Indices = typename LaneVector<int64_t, N>::type;
+  using Floats = typename LaneVector<float, N>::type;
 
   static FASTRIS_INLINE Reals all(double value) { return value - Reals{}; }
   static FASTRIS_INLINE Indices all(int64_t value) { return value - Indices{}; }
@@ -57,7 +52,9 @@ struct VectorLanes {
 #endif
     return __builtin_convertvector(read<Floats>(p + base), Reals);
   }
-  static FASTRIS_INLINE void store(double* p, int64_t base, Reals values) { std::memcpy(p + base, &values, sizeof values); }
+  static FASTRIS_INLINE void store(double* p, int64_t base, Reals values) {
+    std::memcpy(p + base, &values, sizeof values);
+  }
   static FASTRIS_INLINE void store(int64_t* p, int64_t base, Indices values) {
     std::memcpy(p + base, &values, sizeof values);
   }
@@ -169,9 +166,11 @@ struct VectorLanes {
 #if defined(__AVX512F__)
       if constexpr (N == 8) bits = _mm512_cmp_pd_mask(some, all_wanted, _CMP_EQ_OQ);
 #elif defined(__AVX__)
-      if constexpr (N == 4) bits = static_cast<uint64_t>(_mm256_movemask_pd(_mm256_cmp_pd(some, all_wanted, _CMP_EQ_OQ)));
+      if constexpr (N == 4) {
+        bits = static_cast<uint64_t>(_mm256_movemask_pd(_mm256_cmp_pd(some, all_wanted, _CMP_EQ_OQ)));
+      }
 #endif
-      (void)some;
+      (void)some, (void)all_wanted;
       result |= bits << (k * N);
     }
     return result;
@@ -230,7 +229,11 @@ struct ThreadLanes {
     return value;
   }
   static FASTRIS_INLINE int32_t greatest(int32_t value) {
+#if __CUDA_ARCH__ >= 800
     value = __reduce_max_sync(~0u, value);
+#else
+    for (int offset = 16; offset > 0; offset /= 2) value = larger(value, __shfl_xor_sync(~0u, value, offset));
+#endif
     if constexpr (Threads > 32) {
       __shared__ int32_t of_warp[Threads / 32];
       gather(of_warp, value);
@@ -271,4 +274,5 @@ struct ThreadLanes {
 
 #endif
 
+}  // namespace
 }  // namespace fastris

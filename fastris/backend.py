@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,9 +17,14 @@ NATIVE_OPERATORS: dict[str, frozenset[str]] = {
     "assignment": frozenset({"cpu", "cuda"}),
     "lstm_gates": frozenset(),
     "convlstm": frozenset(),
-    "soft_iou": frozenset(),
+    "soft_iou": frozenset({"cpu", "cuda"}),
 }
-"""Every operator, with the device types that fastris._C has a kernel for when built in full."""
+"""Every operator, with the device types that there is a native kernel for when all is built and installed."""
+
+TRITON_OPERATORS = frozenset({"soft_iou"})
+"""Those whose CUDA kernel is written in Triton; all others are in fastris._C."""
+
+TRITON_FOUND = importlib.util.find_spec("triton") is not None
 
 _extension: ModuleType | None = None
 _extension_error: str | None = None
@@ -94,6 +100,8 @@ def why_not_native(operator: str, device_type: str) -> tuple[str, str] | None:
     """Why an operator runs on the reference back end on a type of device, and the remedy; None if it is native."""
     if device_type not in NATIVE_OPERATORS[operator]:
         return f"no native {device_type} kernel in this version", "none needed: the reference is complete"
+    if device_type == "cuda" and operator in TRITON_OPERATORS:
+        return None if TRITON_FOUND else ("triton is not installed", "pip install triton")
     if _extension is None:
         return native_error() or "", "install a C++ compiler with Python's headers (or set CXX), reinstall fastris"
     if device_type == "cuda" and not cuda_archs():

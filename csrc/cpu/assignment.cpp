@@ -1,6 +1,7 @@
 // assignment on the CPU: the images of a batch on torch's own threads, each matrix in SIMD lanes of the machine.
 #include "../assignment_call.h"
 #include "assignment_solve.h"
+#include "simd.h"
 
 namespace fastris {
 namespace {
@@ -10,28 +11,27 @@ void solve_images_baseline(const AssignmentBatch<T>& batch, int64_t begin, int64
   solve_images<N>(batch, begin, end, scratch);
 }
 
+// The best of this machine.
 template <typename T>
-SolveImages<T> for_this_machine() {
+SolveImages<T> choose() {
 #if defined(__x86_64__)
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
-      __builtin_cpu_supports("avx512bw")) {
-    return solve_images_avx512<T>;
+  switch (simd_level()) {
+    case SimdLevel::avx512: return solve_images_avx512<T>;
+    case SimdLevel::avx2: return solve_images_avx2<T>;
+    case SimdLevel::baseline: break;
   }
-  if (__builtin_cpu_supports("avx2")) return solve_images_avx2<T>;
 #endif
   return solve_images_baseline<2, T>;
 }
 
-// By number of lanes; 0 for the best of this machine. 32 and 128 emulate in lock step what a warp and a block compute.
+// By number of lanes. 32 and 128 emulate in lock step what a warp and a block compute.
 template <typename T>
 SolveImages<T> choose(int64_t lanes) {
-  static const SolveImages<T> best = for_this_machine<T>();
   switch (lanes) {
-    case 0: return best;
     case 2: return solve_images_baseline<2, T>;
 #if defined(__x86_64__)
-    case 4: return __builtin_cpu_supports("avx2") ? solve_images_avx2<T> : nullptr;
-    case 8: return best == solve_images_avx512<T> ? best : nullptr;
+    case 4: return simd_level() >= SimdLevel::avx2 ? solve_images_avx2<T> : nullptr;
+    case 8: return simd_level() >= SimdLevel::avx512 ? solve_images_avx512<T> : nullptr;
 #endif
     case 32: return solve_images_baseline<32, T>;
     case 128: return solve_images_baseline<128, T>;
@@ -40,11 +40,9 @@ SolveImages<T> choose(int64_t lanes) {
 }
 
 template <typename T>
-void solve_batch(const AssignmentCall& call, bool maximize, int64_t lanes) {
-  const SolveImages<T> solve = choose<T>(lanes);
-  FASTRIS_CHECK(solve != nullptr, "assignment: this machine does not have ", lanes, " lanes");
+void solve_batch(const AssignmentCall& call, bool maximize, SolveImages<T> solve) {
   const AssignmentBatch<T> batch{
-      static_cast<const T*>(call.cost.data_ptr()),
+      call.cost.const_data_ptr<T>(),
       call.cost.stride(0),
       call.cost.stride(1),
       call.cost.stride(2),
@@ -55,26 +53,30 @@ void solve_batch(const AssignmentCall& call, bool maximize, int64_t lanes) {
       call.cols(),
       static_cast<int64_t*>(call.col_of_row.data_ptr()),
       static_cast<int32_t*>(call.status.data_ptr())};
-  const size_t bytes = static_cast<size_t>(scratch_bytes<T>(call.P, call.G) + kCacheLine);
+  const size_t bytes = static_cast<size_t>(scratch_bytes<T>(call.n(), call.m()) + kCacheLine);
   const int64_t grain = std::max<int64_t>(1, 16384 / std::max<int64_t>(1, call.P * call.G));  // some 10 µs a task
   torch::stable::parallel_for(0, call.B, grain, [&](int64_t begin, int64_t end) {
     thread_local std::vector<char> memory;  // grows to the largest matrix that a thread has seen
-    if (memory.size() < bytes) memory.resize(bytes);
+    if (memory.size() < bytes) memory = std::vector<char>(bytes);
     char* aligned = memory.data() + (kCacheLine - reinterpret_cast<uintptr_t>(memory.data()) % kCacheLine);
     solve(batch, begin, end, aligned);
   });
 }
 
-std::tuple<Tensor, Tensor> assignment_lanes(
-    Tensor cost, std::optional<Tensor> num_rows, std::optional<Tensor> num_cols, bool maximize, int64_t lanes) {
+std::tuple<Tensor, Tensor> assignment(
+    Tensor cost, std::optional<Tensor> num_rows, std::optional<Tensor> num_cols, bool maximize) {
   const AssignmentCall call(cost, num_rows, num_cols);
-  call.is_double() ? solve_batch<double>(call, maximize, lanes) : solve_batch<float>(call, maximize, lanes);
+  call.is_double() ? solve_batch(call, maximize, choose<double>()) : solve_batch(call, maximize, choose<float>());
   return {call.col_of_row, call.status};
 }
 
-std::tuple<Tensor, Tensor> assignment(
-    Tensor cost, std::optional<Tensor> num_rows, std::optional<Tensor> num_cols, bool maximize) {
-  return assignment_lanes(cost, num_rows, num_cols, maximize, 0);
+std::tuple<Tensor, Tensor> assignment_lanes(
+    Tensor cost, std::optional<Tensor> num_rows, std::optional<Tensor> num_cols, bool maximize, int64_t lanes) {
+  FASTRIS_CHECK(choose<float>(lanes) != nullptr, "assignment: this machine does not have ", lanes, " lanes");
+  const AssignmentCall call(cost, num_rows, num_cols);
+  call.is_double() ? solve_batch(call, maximize, choose<double>(lanes))
+                   : solve_batch(call, maximize, choose<float>(lanes));
+  return {call.col_of_row, call.status};
 }
 
 }  // namespace

@@ -34,20 +34,18 @@ constexpr int64_t kCacheLine = 64;  // bytes; lanes that straddle two lines cost
 constexpr int64_t kMostLanes = 128;
 
 // Scratch for any matrix of a batch with any number of lanes: what the solver needs, then the packed costs.
-inline int64_t solver_bytes(int64_t P, int64_t G) {
-  const int64_t n = P < G ? P : G, m = P < G ? G : P;
+inline int64_t solver_bytes(int64_t n, int64_t m) {
   return round_up(AssignmentWorkspace<int64_t>::bytes(round_up(n, kMostLanes), round_up(m, kMostLanes)), kCacheLine);
 }
 template <typename T>
-int64_t scratch_bytes(int64_t P, int64_t G) {
-  const int64_t n = P < G ? P : G, m = P < G ? G : P;
-  return solver_bytes(P, G) + n * round_up(m, kMostLanes) * static_cast<int64_t>(sizeof(T));
+int64_t scratch_bytes(int64_t n, int64_t m) {
+  return solver_bytes(n, m) + n * round_up(m, kMostLanes) * static_cast<int64_t>(sizeof(T));
 }
 
 template <int N, typename T>
 FASTRIS_INLINE int32_t solve_image(const AssignmentBatch<T>& batch, int64_t b, char* scratch) {
   int64_t* col_of_row = batch.col_of_row + b * batch.P;
-  std::memset(col_of_row, -1, static_cast<size_t>(batch.P) * sizeof(int64_t));
+  std::fill_n(col_of_row, batch.P, -1);
   const int64_t rows = batch.num_rows ? std::clamp<int64_t>(batch.num_rows[b], 0, batch.P) : batch.P;
   const int64_t cols = batch.num_cols ? std::clamp<int64_t>(batch.num_cols[b], 0, batch.G) : batch.G;
   if (rows == 0 || cols == 0) return 0;
@@ -55,7 +53,7 @@ FASTRIS_INLINE int32_t solve_image(const AssignmentBatch<T>& batch, int64_t b, c
   const CostView<T> cost{batch.cost + b * batch.batch_stride, batch.row_stride, batch.col_stride, batch.maximize};
   const bool transposed = cols < rows;
   const int64_t n = transposed ? cols : rows, m = transposed ? rows : cols;
-  T* costs = reinterpret_cast<T*>(scratch + solver_bytes(batch.P, batch.G));
+  T* costs = reinterpret_cast<T*>(scratch + solver_bytes(std::min(batch.P, batch.G), std::max(batch.P, batch.G)));
   const Packed<T> packed{costs, round_up(m, N < 8 ? 8 : N), n, m};
   int32_t status = 0;
   if (pack(transposed ? cost.transposed() : cost, packed)) {
@@ -66,7 +64,7 @@ FASTRIS_INLINE int32_t solve_image(const AssignmentBatch<T>& batch, int64_t b, c
   const AssignmentWorkspace<typename Lanes::Index> work(scratch, round_up(n, N), packed.row_length);
   AssignmentSolver<Lanes, PackedCost<T>> solver(
       {packed.data, packed.row_length}, work, static_cast<int32_t>(n), static_cast<int32_t>(m));
-  if (solver.solve() > 0) status |= kAssignmentInfeasible;
+  if (!solver.solve()) status |= kAssignmentInfeasible;
   for (int64_t row = 0; row < n; ++row) {
     const int64_t col = work.col_of_row[row];
     if (col >= 0) col_of_row[transposed ? col : row] = transposed ? row : col;

@@ -1,6 +1,6 @@
-// assignment on CUDA: a warp or a block per matrix, the very solver that the CPU runs in SIMD lanes. Scratch is in shared
-// memory where it fits, and otherwise from torch's allocator. Nothing synchronises with the host or reads the counts
-// there, so the call can be captured in a graph.
+// assignment on CUDA: a warp or a block per matrix, the very solver that the CPU runs in SIMD lanes. Scratch is in
+// shared memory where it fits, and otherwise from torch's allocator. Nothing synchronises with the host or reads the
+// counts there, so the call can be captured in a graph.
 #include "../assignment_call.h"
 
 namespace fastris {
@@ -8,7 +8,7 @@ namespace {
 
 constexpr int kWarp = 32, kBlock = 128;
 constexpr int kWarpsPerBlock = 4;
-constexpr int64_t kMostColumnsOfWarp = 128;  // a guess, not yet measured: beyond, barriers cost less than more rounds
+constexpr int64_t kMostColumnsOfWarp = 128;  // a block solves larger matrices
 
 template <typename T>
 struct Launch {
@@ -62,7 +62,7 @@ __device__ void replace_invalid(T* packed, int32_t row_length, int32_t n) {
   }
 }
 
-__device__ int64_t clamp(int64_t value, int64_t most) { return value < 0 ? 0 : value > most ? most : value; }
+__device__ int64_t clamped(int64_t value, int64_t most) { return value < 0 ? 0 : value > most ? most : value; }
 
 // blockDim = (Threads, matrices per block).
 template <int Threads, typename T>
@@ -73,12 +73,13 @@ __global__ void __launch_bounds__(128, 4) assignment_kernel(Launch<T> launch) {
   const int64_t shared_bytes = (launch.work ? 0 : launch.work_bytes) + (launch.packed ? 0 : launch.cost_bytes);
   char* own = shared + threadIdx.y * shared_bytes;
   char* work_memory = launch.work ? launch.work + b * launch.work_bytes : own;
-  char* cost_memory = launch.packed ? launch.packed + b * launch.cost_bytes : own + (launch.work ? 0 : launch.work_bytes);
+  char* own_costs = own + (launch.work ? 0 : launch.work_bytes);
+  char* cost_memory = launch.packed ? launch.packed + b * launch.cost_bytes : own_costs;
 
   int64_t* col_of_row = launch.col_of_row + b * launch.P;
   for (int64_t row = Lanes<Threads>::lane(); row < launch.P; row += Threads) col_of_row[row] = -1;
-  const int64_t rows = launch.num_rows ? clamp(launch.num_rows[b], launch.P) : launch.P;
-  const int64_t cols = launch.num_cols ? clamp(launch.num_cols[b], launch.G) : launch.G;
+  const int64_t rows = launch.num_rows ? clamped(launch.num_rows[b], launch.P) : launch.P;
+  const int64_t cols = launch.num_cols ? clamped(launch.num_cols[b], launch.G) : launch.G;
   int32_t status = 0;
   if (rows > 0 && cols > 0) {
     const CostView<T> cost{
@@ -94,7 +95,7 @@ __global__ void __launch_bounds__(128, 4) assignment_kernel(Launch<T> launch) {
     }
     const AssignmentWorkspace<int32_t> work(work_memory, round_up(n, Threads), row_length);
     AssignmentSolver<Lanes<Threads>, PackedCost<T>> solver({packed, row_length}, work, n, m);
-    if (solver.solve() > 0) status |= kAssignmentInfeasible;
+    if (!solver.solve()) status |= kAssignmentInfeasible;
     for (int32_t row = Lanes<Threads>::lane(); row < n; row += Threads) {
       const int32_t col = work.col_of_row[row];
       if (col >= 0) col_of_row[transposed ? col : row] = transposed ? row : col;
@@ -104,10 +105,10 @@ __global__ void __launch_bounds__(128, 4) assignment_kernel(Launch<T> launch) {
 }
 
 template <int Threads, typename T>
-void launch(const AssignmentCall& call, bool maximize, const CudaScope& scope) {
+void run(const AssignmentCall& call, bool maximize, const CudaScope& scope) {
   const int64_t padded_m = round_up(call.m(), Threads);
   Launch<T> launch{
-      static_cast<const T*>(call.cost.data_ptr()),
+      call.cost.const_data_ptr<T>(),
       call.cost.stride(0),
       call.cost.stride(1),
       call.cost.stride(2),
@@ -124,32 +125,33 @@ void launch(const AssignmentCall& call, bool maximize, const CudaScope& scope) {
       static_cast<int64_t*>(call.col_of_row.data_ptr()),
       static_cast<int32_t*>(call.status.data_ptr())};
 
-  const int64_t most = scope.shared_memory_per_block() - 1024;  // less than 1 KiB is the kernel's own
-  int64_t matrices = Threads == kWarp ? kWarpsPerBlock : 1;  // in a block; fewer where more memory is needed for each
-  while (matrices > 1 && matrices * (launch.work_bytes + launch.cost_bytes) > most) matrices /= 2;
+  const int64_t most = scope.shared_memory_per_block() - 1024;  // the kernel's own arrays are smaller than that
   std::optional<Tensor> work, packed;  // alive until the kernel is queued, as torch's allocator wants
-  int64_t shared_bytes = matrices * (launch.work_bytes + launch.cost_bytes);
-  if (shared_bytes > most) {
+  int64_t bytes = launch.work_bytes + launch.cost_bytes;  // of shared memory, for one matrix
+  if (bytes > most) {
     packed = empty_on(call.cost, {call.B * launch.cost_bytes}, ScalarType::Byte);
     launch.packed = static_cast<char*>(packed->data_ptr());
-    shared_bytes -= matrices * launch.cost_bytes;
+    bytes = launch.work_bytes;
   }
-  if (shared_bytes > most) {
+  if (bytes > most) {
     work = empty_on(call.cost, {call.B * launch.work_bytes}, ScalarType::Byte);
     launch.work = static_cast<char*>(work->data_ptr());
-    shared_bytes = 0;
+    bytes = 0;
   }
+  int64_t matrices = Threads == kWarp ? kWarpsPerBlock : 1;  // in a block
+  while (matrices > 1 && matrices * bytes > most) matrices /= 2;
+  // The same limit in every call, as it belongs to the kernel and not to this launch of it.
   FASTRIS_CUDA_CHECK(cudaFuncSetAttribute(
-      assignment_kernel<Threads, T>, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes)));
+      assignment_kernel<Threads, T>, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(most)));
   const dim3 block(Threads, static_cast<unsigned>(matrices));
   const unsigned blocks = static_cast<unsigned>((call.B + matrices - 1) / matrices);
-  assignment_kernel<Threads, T><<<blocks, block, static_cast<size_t>(shared_bytes), scope.stream()>>>(launch);
+  assignment_kernel<Threads, T><<<blocks, block, static_cast<size_t>(matrices * bytes), scope.stream()>>>(launch);
   FASTRIS_CUDA_CHECK(cudaGetLastError());
 }
 
 template <typename T>
-void launch_by_size(const AssignmentCall& call, bool maximize, const CudaScope& scope) {
-  call.m() <= kMostColumnsOfWarp ? launch<kWarp, T>(call, maximize, scope) : launch<kBlock, T>(call, maximize, scope);
+void run_by_size(const AssignmentCall& call, bool maximize, const CudaScope& scope) {
+  call.m() <= kMostColumnsOfWarp ? run<kWarp, T>(call, maximize, scope) : run<kBlock, T>(call, maximize, scope);
 }
 
 std::tuple<Tensor, Tensor> assignment(
@@ -157,7 +159,7 @@ std::tuple<Tensor, Tensor> assignment(
   const CudaScope scope(cost);
   const AssignmentCall call(cost, num_rows, num_cols);
   if (call.B > 0) {
-    call.is_double() ? launch_by_size<double>(call, maximize, scope) : launch_by_size<float>(call, maximize, scope);
+    call.is_double() ? run_by_size<double>(call, maximize, scope) : run_by_size<float>(call, maximize, scope);
   }
   return {call.col_of_row, call.status};
 }

@@ -19,7 +19,9 @@ _library = torch.library.Library("fastris", "FRAGMENT")
 for _name in ("assignment", "assignment_reference"):
     _library.define(_name + _SIGNATURE)
 # The native CPU kernel in a given number of SIMD lanes; 32 and 128 are what a CUDA warp and block compute, for tests.
-_library.define("assignment_lanes" + _SIGNATURE.replace(") ->", ", int lanes=0) ->"))
+_library.define(
+    "assignment_lanes(Tensor cost, Tensor? num_rows, Tensor? num_cols, bool maximize, int lanes) -> (Tensor, Tensor)"
+)
 
 # Kernels: csrc/ registers the native ones; where it has none, and on demand, the reference runs
 

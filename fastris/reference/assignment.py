@@ -86,11 +86,10 @@ def _solve(matrix: Any) -> tuple[tuple[Any, Any], int]:
         status |= INFEASIBLE
     transposed = matrix.shape[0] > matrix.shape[1]
     wide = matrix.T if transposed else matrix
-    blocked = np.where(np.isfinite(wide), 0.0, wide)
     kept: list[int] = []
     for row in range(wide.shape[0]):
         try:
-            linear_sum_assignment(blocked[[*kept, row]])
+            linear_sum_assignment(wide[[*kept, row]])
         except ValueError:
             continue
         kept.append(row)

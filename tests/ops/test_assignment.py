@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 import scipy.optimize
@@ -253,39 +255,66 @@ def test_the_kernel_itself_refuses_what_would_be_unsafe(arguments: tuple, messag
         torch.ops.fastris.assignment(*arguments)
 
 
+# A warp a matrix, a block a matrix, costs and then all scratch in global memory, and the sides the other way round.
 @pytest.mark.gpu
-@pytest.mark.parametrize("shape", [(33, 22, 20), (3, 1, 7), (2, 100, 100)])
-def test_cuda_gives_the_indices_of_the_cpu(shape: tuple[int, int, int]) -> None:
-    cost = torch.rand(shape)
-    cost[torch.rand(shape) < 0.1] = INF
-    cost[torch.rand(shape) < 0.1] = NAN
-    rows = torch.randint(0, shape[1] + 1, shape[:1])
-    expected = fastris.assignment(cost, rows)
+@pytest.mark.parametrize("kind", ["uniform", "integers", "forbidden and NaN"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    "shape", [(33, 22, 20), (3, 1, 7), (2, 100, 100), (3, 129, 200), (2, 300, 50), (1, 512, 512), (1, 2, 9000)]
+)
+def test_cuda_gives_the_indices_of_the_cpu(shape: tuple[int, int, int], dtype: torch.dtype, kind: str) -> None:
+    cost = torch.rand(shape, dtype=dtype) if kind == "uniform" else torch.randint(0, 9, shape).to(dtype)
+    if kind == "forbidden and NaN":
+        cost[torch.rand(shape) < 0.1] = INF
+        cost[torch.rand(shape) < 0.1] = NAN
+    cost = cost.mT.contiguous().mT
+    rows, cols = (torch.randint(0, side + 1, shape[:1]) for side in shape[1:])
+    expected = fastris.assignment(cost, rows, cols, maximize=True)
+    on_device = cost.cuda(), rows.cuda(), cols.cuda()
     stream = torch.cuda.Stream()
-    on_device = cost.cuda(), rows.cuda()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         torch.cuda.set_sync_debug_mode("error")
         try:
-            found = fastris.assignment(*on_device)
+            found = [fastris.assignment(*on_device, maximize=True) for _ in range(3)]
         finally:
             torch.cuda.set_sync_debug_mode("default")
     stream.synchronize()
-    assert torch.equal(found.col_of_row.cpu(), expected.col_of_row)
-    assert torch.equal(found.status.cpu(), expected.status)
+    for col_of_row, status in found:
+        assert torch.equal(col_of_row.cpu(), expected.col_of_row)
+        assert torch.equal(status.cpu(), expected.status)
 
 
 @pytest.mark.gpu
-def test_cuda_graph_capture() -> None:
-    cost = torch.rand(8, 12, 10, device="cuda")
-    fastris.assignment(cost)
+def test_cuda_solves_matrices_of_two_thousand() -> None:
+    cost = torch.rand(1, 2048, 2048)
+    assert torch.equal(fastris.assignment(cost.cuda()).col_of_row.cpu(), fastris.assignment(cost).col_of_row)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", [(8, 12, 10), (2, 300, 200)])
+def test_cuda_graph_capture(shape: tuple[int, int, int]) -> None:
+    cost = torch.rand(shape, device="cuda")
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         found = fastris.assignment(cost)
-    cost.copy_(torch.rand_like(cost))
-    graph.replay()
-    torch.cuda.synchronize()
-    assert torch.equal(found.col_of_row.cpu(), fastris.assignment(cost.cpu()).col_of_row)
+    for _ in range(3):
+        cost.copy_(torch.rand_like(cost))
+        graph.replay()
+        torch.cuda.synchronize()
+        assert torch.equal(found.col_of_row.cpu(), fastris.assignment(cost.cpu()).col_of_row)
+
+
+@pytest.mark.gpu
+def test_cuda_calls_of_two_threads_and_sizes_do_not_disturb_each_other() -> None:
+    costs = [torch.rand(4, side, side, device="cuda") for side in (140, 200)]
+    alone = [fastris.assignment(cost).col_of_row for cost in costs]
+
+    def repeat(k: int) -> bool:
+        return all(torch.equal(fastris.assignment(costs[k]).col_of_row, alone[k]) for _ in range(100))
+
+    with ThreadPoolExecutor(2) as pool:
+        assert all(pool.map(repeat, range(2)))
 
 
 @pytest.mark.parametrize(

@@ -41,6 +41,9 @@ FAMILIES = {
     "infeasible": lambda random, shape: np.where(random.random(shape) < 0.85, INF, random.random(shape)),
     "NaN": lambda random, shape: np.where(random.random(shape) < 0.1, NAN, random.integers(0, 9, shape)),
     "all infinite": lambda random, shape: np.full(shape, random.choice([INF, -INF, NAN])),
+    "overflow": lambda random, shape: np.where(
+        random.random(shape) < 0.1, INF, random.choice([-1.79e308, 1.79e308, 1e308, 0.0], shape)
+    ),
     "anything": lambda random, shape: random.choice([INF, -INF, NAN, 0.0, 1.0, 1.0, 2.0], shape),
 }
 DEFINED_BY_SCIPY = {
@@ -73,8 +76,9 @@ def test_ten_thousand_matrices_have_the_indices_of_the_reference(dtype: torch.dt
     def check(draw) -> None:
         family, rows, cols, seed, maximize = draw
         cost = make(family, rows, cols, seed, dtype)
+        with np.errstate(over="ignore", invalid="ignore"):
+            expected = reference.assignment(cost, maximize=maximize)
         found = fastris.assignment(cost, maximize=maximize)
-        expected = reference.assignment(cost, maximize=maximize)
         assert torch.equal(found.col_of_row, expected.col_of_row)
         assert torch.equal(found.status, expected.status)
         if family in DEFINED_BY_SCIPY:
@@ -110,6 +114,21 @@ def test_every_number_of_lanes_gives_the_same(lanes: int) -> None:
             assert torch.equal(found, expected)
 
     check()
+
+
+@pytest.mark.parametrize("lanes", [4, 8, 32, 128])
+@pytest.mark.parametrize("shape", [(150, 140), (140, 300), (257, 129)])
+@pytest.mark.parametrize("family", ["integers", "sixteenths", "forbidden", "soft IoU"])
+def test_matrices_wider_than_the_lanes(family: str, shape: tuple[int, int], lanes: int) -> None:
+    cost = make(family, *shape, seed=3, dtype=torch.float32)[:3]
+    num_rows, num_cols = torch.tensor([shape[0], 70, 130]), torch.tensor([shape[1], 129, 66])
+    expected = reference.assignment(cost, num_rows, num_cols)
+    try:
+        col_of_row, status = torch.ops.fastris.assignment_lanes(cost, num_rows, num_cols, False, lanes)
+    except RuntimeError as error:
+        pytest.skip(str(error).splitlines()[0])
+    assert torch.equal(col_of_row, expected.col_of_row)
+    assert torch.equal(status, expected.status)
 
 
 def test_lanes_that_no_machine_has_are_refused() -> None:

@@ -1,0 +1,190 @@
+// Rows of pixels, whatever their dtype and strides, as tiles of the type that is computed with; label maps as segments.
+//
+// B = batch, R = rows (predictions or targets), N = pixels.
+#pragma once
+
+#include "../stable_abi.h"
+#include "simd.h"
+
+#include <algorithm>
+#include <memory>
+#include <new>
+#include <type_traits>
+
+namespace fastris {
+
+// 22 predictions and 4 targets of this many fp32 pixels fit a first-level cache of 32 KiB.
+constexpr int64_t kTile = 256;
+
+// A row of a tile ends with one line of padding, because rows 1 KiB apart would share a few sets of the cache.
+constexpr int64_t kCacheLine = 64;
+template <typename T>
+constexpr int64_t kTileRow = kTile + kCacheLine / static_cast<int64_t>(sizeof(T));
+
+template <typename T>
+struct FreeAligned {
+  void operator()(T* lanes) const { ::operator delete[](lanes, std::align_val_t(kCacheLine)); }
+};
+
+template <typename T>
+using Lanes = std::unique_ptr<T[], FreeAligned<T>>;
+
+// Uninitialised memory that starts on a cache line.
+template <typename T>
+Lanes<T> new_lanes(int64_t count) {
+  const size_t bytes = static_cast<size_t>(std::max<int64_t>(count, 1)) * sizeof(T);
+  return Lanes<T>(static_cast<T*>(::operator new[](bytes, std::align_val_t(kCacheLine))));
+}
+
+// How an image is cut for the threads, whose number never matters: the sums are the same with any.
+struct Chunks {
+  int64_t N, size, count;
+
+  explicit Chunks(int64_t N_) : N(N_) {
+    count = std::clamp<int64_t>(N / 16384, 1, 8);
+    size = (N + count * kTile - 1) / (count * kTile) * kTile;
+  }
+  int64_t begin(int64_t chunk) const { return std::min(N, chunk * size); }
+  int64_t end(int64_t chunk) const { return std::min(N, (chunk + 1) * size); }
+};
+
+// (B, R, H, W) of any floating type, bool or uint8. Copies where the pixels of a row have no single stride.
+struct Masks {
+  Tensor tensor;  // (B, R, N)
+  ScalarType type;
+  int64_t batch_stride, row_stride, pixel_stride;
+
+  explicit Masks(const Tensor& masks)
+      : tensor(torch::stable::flatten(masks, 2, 3)),
+        type(tensor.scalar_type()),
+        batch_stride(tensor.stride(0)),
+        row_stride(tensor.stride(1)),
+        pixel_stride(tensor.stride(2)) {}
+};
+
+template <typename From, typename To>
+FASTRIS_INLINE void load_row_of(const Masks& masks, int64_t b, int64_t row, int64_t x, int64_t n, To* to) {
+  const From* from = static_cast<const From*>(masks.tensor.data_ptr()) + b * masks.batch_stride +
+      row * masks.row_stride + x * masks.pixel_stride;
+  if (masks.pixel_stride != 1) {
+    for (int64_t i = 0; i < n; ++i) to[i] = static_cast<To>(from[i * masks.pixel_stride]);
+    return;
+  }
+  // Dozens of rows are read by turns, more than the processor's own prefetcher follows: ask for the next tile.
+  for (int64_t i = 0; i < n; i += kCacheLine / static_cast<int64_t>(sizeof(From))) __builtin_prefetch(from + n + i);
+  for (int64_t i = 0; i < n; ++i) to[i] = static_cast<To>(from[i]);
+}
+
+// Pixels [x, x + n) of a row, then zeros up to the end of the tile.
+template <typename To>
+FASTRIS_INLINE void load_row(const Masks& masks, int64_t b, int64_t row, int64_t x, int64_t n, To* to) {
+  switch (masks.type) {
+    case ScalarType::Float:
+      load_row_of<float>(masks, b, row, x, n, to);
+      break;
+    case ScalarType::Double:
+      load_row_of<double>(masks, b, row, x, n, to);
+      break;
+    case ScalarType::BFloat16:
+      load_row_of<BFloat16>(masks, b, row, x, n, to);
+      break;
+    case ScalarType::Half:
+      load_row_of<Half>(masks, b, row, x, n, to);
+      break;
+    default:  // bool and uint8: check_masks() lets no other pass
+      load_row_of<uint8_t>(masks, b, row, x, n, to);
+  }
+  std::fill(to + n, to + kTile, To(0));
+}
+
+inline void check_masks(const Tensor& masks, const char* name) {
+  FASTRIS_CHECK(masks.dim() == 4, name, " must be masks (B,R,H,W), got ", masks.dim(), " dimensions");
+  switch (masks.scalar_type()) {
+    case ScalarType::Float:
+    case ScalarType::Double:
+    case ScalarType::BFloat16:
+    case ScalarType::Half:
+    case ScalarType::Bool:
+    case ScalarType::Byte:
+      return;
+    default:
+      FASTRIS_CHECK(false, name, " must be floating, bool or uint8");
+  }
+}
+
+// (B, H, W) int32 or int64.
+struct LabelMap {
+  Tensor tensor;  // (B, N)
+  bool wide;
+  int64_t batch_stride, pixel_stride;
+
+  explicit LabelMap(const Tensor& labels)
+      : tensor(torch::stable::flatten(labels, 1, 2)),
+        wide(tensor.scalar_type() == ScalarType::Long),
+        batch_stride(tensor.stride(0)),
+        pixel_stride(tensor.stride(1)) {}
+};
+
+inline void check_labels(const Tensor& labels) {
+  FASTRIS_CHECK(labels.dim() == 3, "target must be labels (B,H,W), got ", labels.dim(), " dimensions");
+  const ScalarType type = labels.scalar_type();
+  FASTRIS_CHECK(type == ScalarType::Int || type == ScalarType::Long, "target labels must be int32 or int64");
+}
+
+// Labels outside 1 … num_labels become 0.
+template <typename From, typename To>
+FASTRIS_INLINE void
+load_labels(const LabelMap& map, int64_t b, int64_t x, int64_t n, int64_t num_labels, To* to) {
+  const From* from =
+      static_cast<const From*>(map.tensor.data_ptr()) + b * map.batch_stride + x * map.pixel_stride;
+  for (int64_t i = 0; i < n; ++i) {
+    const From label = from[i * map.pixel_stride];
+    to[i] = label >= 1 && label <= num_labels ? static_cast<To>(label) : To(0);
+  }
+  std::fill(to + n, to + kTile, To(0));
+}
+
+// A tile of a label map: for every vector of pixels and every label in it, which lanes have that label. Label maps are
+// constant over long runs, so that most vectors have one label or only background, which is left out.
+template <typename T, int Bytes>
+struct Segments {
+  using Label = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;
+  static constexpr int lanes = VectorOf<T, Bytes>::lanes;
+
+  Vector<Label, Bytes> mask[kTile];  // all bits of a lane set or none
+  int64_t label[kTile];              // 1 … num_labels
+  int64_t pixel[kTile];              // the first of the vector, within the tile
+  int64_t count;
+
+  FASTRIS_INLINE void find(const LabelMap& map, int64_t b, int64_t x, int64_t n, int64_t num_labels) {
+    alignas(kCacheLine) Label labels[kTile];
+    if (map.wide) {
+      load_labels<int64_t>(map, b, x, n, num_labels, labels);
+    } else {
+      load_labels<int32_t>(map, b, x, n, num_labels, labels);
+    }
+    count = 0;
+    for (int64_t first = 0; first < n; first += lanes) {
+      Label* left = labels + first;  // the lanes not yet in a segment, the others 0
+      Label any = 0;
+      for (int i = 0; i < lanes; ++i) any |= left[i];
+      if (any == 0) continue;
+      for (int i = 0; i < lanes; ++i) {
+        if (left[i] == 0) continue;
+        label[count] = left[i];
+        pixel[count] = first;
+        mask[count] = vector_at<Bytes>(left) == left[i];
+        vector_at<Bytes>(left) &= ~mask[count];
+        ++count;
+      }
+    }
+  }
+};
+
+// value in the lanes of the mask, 0 elsewhere.
+template <typename Value, typename Mask>
+FASTRIS_INLINE void add_masked(Value& sum, const Value& value, const Mask& mask) {
+  sum += (Value)((Mask)value & mask);
+}
+
+}  // namespace fastris

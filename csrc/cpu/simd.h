@@ -1,0 +1,84 @@
+// Vectors of any width in portable C++ (GCC and Clang), and the choice of instruction set at run time.
+//
+// A kernel is a struct with an always-inlined `template <int Bytes> void run() const`, as is everything it calls.
+// run_simd() has it compiled once for every instruction set and runs the widest that the processor has.
+#pragma once
+
+#include "../inline.h"
+
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+
+namespace fastris {
+
+// Passed by reference only: by value their calling convention depends on the instruction set.
+template <typename T, int Bytes>
+struct VectorOf {
+  typedef T type __attribute__((vector_size(Bytes), may_alias));
+  static constexpr int lanes = Bytes / static_cast<int>(sizeof(T));
+};
+
+template <typename T, int Bytes>
+using Vector = typename VectorOf<T, Bytes>::type;
+
+template <int Bytes, typename T>
+FASTRIS_INLINE Vector<T, Bytes>& vector_at(T* lanes) {
+  return *reinterpret_cast<Vector<T, Bytes>*>(lanes);
+}
+
+template <int Bytes, typename T>
+FASTRIS_INLINE const Vector<T, Bytes>& vector_at(const T* lanes) {
+  return *reinterpret_cast<const Vector<T, Bytes>*>(lanes);
+}
+
+#if defined(__x86_64__)
+
+enum class SimdLevel { baseline, avx2, avx512 };
+
+// ATEN_CPU_CAPABILITY (default, avx2) lowers it, as it does for torch's own kernels.
+inline SimdLevel simd_level() {
+  static const SimdLevel level = [] {
+    const char* wanted = std::getenv("ATEN_CPU_CAPABILITY");
+    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    if (!avx2 || (wanted != nullptr && std::strcmp(wanted, "default") == 0)) return SimdLevel::baseline;
+    const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+    if (!avx512 || (wanted != nullptr && std::strcmp(wanted, "avx2") == 0)) return SimdLevel::avx2;
+    return SimdLevel::avx512;
+  }();
+  return level;
+}
+
+template <typename Kernel>
+__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma"))) void run_avx512(const Kernel& kernel) {
+  kernel.template run<64>();
+}
+
+template <typename Kernel>
+__attribute__((target("avx2,fma"))) void run_avx2(const Kernel& kernel) {
+  kernel.template run<32>();
+}
+
+template <typename Kernel>
+void run_simd(const Kernel& kernel) {
+  switch (simd_level()) {
+    case SimdLevel::avx512:
+      return run_avx512(kernel);
+    case SimdLevel::avx2:
+      return run_avx2(kernel);
+    case SimdLevel::baseline:
+      return kernel.template run<16>();
+  }
+}
+
+#else
+
+template <typename Kernel>
+void run_simd(const Kernel& kernel) {
+  kernel.template run<16>();
+}
+
+#endif
+
+}  // namespace fastris

@@ -1,0 +1,62 @@
+"""The Triton kernels of soft_iou, run by Triton's interpreter on the CPU."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+triton = pytest.importorskip("triton", reason="triton is not installed")
+
+
+def version(text: str) -> tuple[int, ...]:
+    return tuple(map(int, text.split(".")[:2]))
+
+
+CODE = """
+import sys
+import torch
+from fastris.ops import soft_iou_triton
+from fastris.reference.soft_iou import soft_iou_and_union, soft_iou_backward
+
+dtype = getattr(torch, sys.argv[1])
+tolerance = {"rtol": 1e-5, "atol": 1e-6} if dtype == torch.float32 else {"rtol": 1e-3, "atol": 1e-3}
+torch.manual_seed(0)
+for batch, preds, targets, height, width in ((2, 3, 4, 5, 7), (1, 1, 1, 1, 1), (1, 33, 18, 9, 11), (2, 3, 2, 0, 4)):
+    pred = torch.rand(batch, preds, height, width).to(dtype)
+    labels = torch.randint(-2, targets + 3, (batch, height, width))
+    masks = torch.rand(batch, targets, height, width).to(dtype)
+    counts = torch.randint(-1, preds + 2, (batch,)), torch.randint(-1, targets + 2, (batch,))
+    weight = torch.randn(batch, preds, targets) * (torch.rand(batch, preds, targets) < 0.5)
+    offset = torch.randn(batch, preds)
+    channels_last = masks.contiguous(memory_format=torch.channels_last)
+    for target, used in (
+        (labels, (None, None)),
+        (labels.int(), counts),
+        (masks, (None, counts[1])),
+        (masks > 0.5, (counts[0], None)),
+        (channels_last, counts),
+        (masks.mT.contiguous().mT, counts),
+    ):
+        found = soft_iou_triton.soft_iou(pred, target, *used, targets)
+        expected = soft_iou_and_union(pred, target, *used, targets)
+        for ours, truth in zip(found, expected):
+            torch.testing.assert_close(ours, truth, rtol=1e-5, atol=1e-6)
+        gradient = soft_iou_triton.soft_iou_backward(weight, offset, target, dtype)
+        torch.testing.assert_close(gradient, soft_iou_backward(weight, offset, target, dtype), **tolerance)
+"""
+
+
+@pytest.mark.skipif(
+    version(triton.__version__) < (3, 7) and version(np.__version__) >= (2, 4),
+    reason="the interpreter of Triton 3.6 makes scalars of arrays of one element, which NumPy 2.4 refuses",
+)
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_the_kernels_match_the_reference_in_the_interpreter(dtype: str) -> None:
+    """bf16 is left to a GPU: the interpreter computes it wrongly."""
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    result = subprocess.run([sys.executable, "-c", CODE, dtype], env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
