@@ -13,8 +13,15 @@
 
 namespace fastris {
 
-// 22 predictions and 4 targets of this many fp32 pixels fit a first-level cache of 32 KiB.
-constexpr int64_t kTile = 256;
+// Pixels at a time: enough that keeping sums in registers pays, with tens of rows still in the second level of cache.
+constexpr int64_t kTile = 1024;
+
+// Of a label map fewer are best: its rows need not be loaded, and its segments should stay in the first level of cache.
+constexpr int64_t kLabelTile = 256;
+
+// A loaded row goes on with zeros to a multiple of this: whole groups of four of the widest vectors.
+constexpr int64_t kGroup = 64;
+inline int64_t end_of_group(int64_t n) { return (n + kGroup - 1) / kGroup * kGroup; }
 
 // A row of a tile ends with one line of padding, because rows 1 KiB apart would share a few sets of the cache.
 constexpr int64_t kCacheLine = 64;
@@ -52,30 +59,44 @@ struct Chunks {
 struct Masks {
   Tensor tensor;  // (B, R, N)
   ScalarType type;
+  const void* data;
   int64_t batch_stride, row_stride, pixel_stride;
 
   explicit Masks(const Tensor& masks)
       : tensor(torch::stable::flatten(masks, 2, 3)),
         type(tensor.scalar_type()),
+        data(tensor.const_data_ptr()),
         batch_stride(tensor.stride(0)),
         row_stride(tensor.stride(1)),
         pixel_stride(tensor.stride(2)) {}
 };
 
+template <typename From>
+FASTRIS_INLINE const From* pixels_of(const Masks& masks, int64_t b, int64_t row, int64_t x) {
+  return static_cast<const From*>(masks.data) + b * masks.batch_stride + row * masks.row_stride +
+      x * masks.pixel_stride;
+}
+
+// Dozens of rows are read by turns, more than the processor's own prefetcher follows: ask for the next tile, in the
+// second level of cache, because the first one is full.
+template <typename From>
+FASTRIS_INLINE void prefetch_next(const From* from, int64_t n) {
+  constexpr int64_t line = kCacheLine / static_cast<int64_t>(sizeof(From));
+  for (int64_t i = 0; i < n; i += line) __builtin_prefetch(from + n + i, 0, 2);
+}
+
 template <typename From, typename To>
 FASTRIS_INLINE void load_row_of(const Masks& masks, int64_t b, int64_t row, int64_t x, int64_t n, To* to) {
-  const From* from = static_cast<const From*>(masks.tensor.data_ptr()) + b * masks.batch_stride +
-      row * masks.row_stride + x * masks.pixel_stride;
+  const From* from = pixels_of<From>(masks, b, row, x);
   if (masks.pixel_stride != 1) {
     for (int64_t i = 0; i < n; ++i) to[i] = static_cast<To>(from[i * masks.pixel_stride]);
     return;
   }
-  // Dozens of rows are read by turns, more than the processor's own prefetcher follows: ask for the next tile.
-  for (int64_t i = 0; i < n; i += kCacheLine / static_cast<int64_t>(sizeof(From))) __builtin_prefetch(from + n + i);
+  prefetch_next(from, n);
   for (int64_t i = 0; i < n; ++i) to[i] = static_cast<To>(from[i]);
 }
 
-// Pixels [x, x + n) of a row, then zeros up to the end of the tile.
+// Pixels [x, x + n) of a row, then zeros up to the end of the group.
 template <typename To>
 FASTRIS_INLINE void load_row(const Masks& masks, int64_t b, int64_t row, int64_t x, int64_t n, To* to) {
   switch (masks.type) {
@@ -94,7 +115,22 @@ FASTRIS_INLINE void load_row(const Masks& masks, int64_t b, int64_t row, int64_t
     default:  // bool and uint8: check_masks() lets no other pass
       load_row_of<uint8_t>(masks, b, row, x, n, to);
   }
-  std::fill(to + n, to + kTile, To(0));
+  std::fill(to + n, to + end_of_group(n), To(0));
+}
+
+// The same pixels where they are, if they are whole vectors of the compute type, and otherwise loaded.
+template <int Bytes, typename T>
+FASTRIS_INLINE const T* row_at(const Masks& masks, int64_t b, int64_t row, int64_t x, int64_t n, T* loaded) {
+  constexpr ScalarType own = sizeof(T) == 8 ? ScalarType::Double : ScalarType::Float;
+  if (masks.type == own && masks.pixel_stride == 1 && n % VectorOf<T, Bytes>::lanes == 0) {
+    const T* there = pixels_of<T>(masks, b, row, x);
+    if (reinterpret_cast<uintptr_t>(there) % Bytes == 0) {
+      prefetch_next(there, n);
+      return there;
+    }
+  }
+  load_row(masks, b, row, x, n, loaded);
+  return loaded;
 }
 
 inline void check_masks(const Tensor& masks, const char* name) {
@@ -141,7 +177,7 @@ load_labels(const LabelMap& map, int64_t b, int64_t x, int64_t n, int64_t num_la
     const From label = from[i * map.pixel_stride];
     to[i] = label >= 1 && label <= num_labels ? static_cast<To>(label) : To(0);
   }
-  std::fill(to + n, to + kTile, To(0));
+  std::fill(to + n, to + end_of_group(n), To(0));
 }
 
 // A tile of a label map: for every vector of pixels and every label in it, which lanes have that label. Label maps are
@@ -151,13 +187,13 @@ struct Segments {
   using Label = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;
   static constexpr int lanes = VectorOf<T, Bytes>::lanes;
 
-  Vector<Label, Bytes> mask[kTile];  // all bits of a lane set or none
-  int64_t label[kTile];              // 1 … num_labels
-  int64_t pixel[kTile];              // the first of the vector, within the tile
+  Vector<Label, Bytes> mask[kLabelTile];  // all bits of a lane set or none
+  int64_t label[kLabelTile];              // 1 … num_labels
+  int64_t pixel[kLabelTile];              // the first of the vector, within the tile
   int64_t count;
 
   FASTRIS_INLINE void find(const LabelMap& map, int64_t b, int64_t x, int64_t n, int64_t num_labels) {
-    alignas(kCacheLine) Label labels[kTile];
+    alignas(kCacheLine) Label labels[kLabelTile];
     if (map.wide) {
       load_labels<int64_t>(map, b, x, n, num_labels, labels);
     } else {

@@ -8,9 +8,9 @@
 namespace fastris {
 namespace {
 
-constexpr int64_t kPanel = 24;      // predictions of a task
-constexpr int64_t kColumns = 4;     // targets of a register block
-constexpr int64_t kFlushTiles = 16;  // tiles whose sums are kept in lanes: 4096 pixels
+constexpr int64_t kPanel = 24;    // predictions of a task
+constexpr int64_t kColumns = 4;   // targets of a register block
+constexpr int64_t kFlush = 4096;  // pixels whose sums are kept in lanes
 
 // Predictions of a register block: 6 × 4 sums and their operands fill the 32 registers of AVX-512, 3 × 4 the 16 of
 // AVX2.
@@ -110,13 +110,20 @@ struct SumKernel {
 
   template <int Bytes>
   FASTRIS_INLINE void run() const {
+    masks ? run_tasks<Bytes, true>() : run_tasks<Bytes, false>();
+  }
+
+ private:
+  template <int Bytes, bool WithMasks>
+  FASTRIS_INLINE void run_tasks() const {
     using Vec = Vector<T, Bytes>;
     constexpr int lanes = VectorOf<T, Bytes>::lanes;
+    constexpr int64_t tile = WithMasks ? kTile : kLabelTile;
     const int64_t padded_targets = (layout.G + kColumns - 1) / kColumns * kColumns;
     const int64_t panel = std::min(kPanel, layout.P);
-    const Lanes<T> q = new_lanes<T>(panel * kTileRow<T>);
-    const Lanes<T> y = new_lanes<T>(masks ? padded_targets * kTileRow<T> : 0);
-    const Lanes<Segments<T, Bytes>> segments = new_lanes<Segments<T, Bytes>>(labels ? 1 : 0);
+    const Lanes<T> q = new_lanes<T>(WithMasks ? panel * kTileRow<T> : tile);
+    const Lanes<T> y = new_lanes<T>(WithMasks ? padded_targets * kTileRow<T> : 0);
+    const Lanes<Segments<T, Bytes>> segments = new_lanes<Segments<T, Bytes>>(WithMasks ? 0 : 1);
     // Σqy of a target with the rows of the panel, for every target; then Σq of the rows; then Σy
     const int64_t sums = padded_targets * panel + panel + padded_targets;
     const Lanes<T> lane_sums = new_lanes<T>(sums * lanes);
@@ -134,19 +141,19 @@ struct SumKernel {
       Vec* pair = &vector_at<Bytes>(lane_sums.get());
       Vec* of_pred = pair + padded_targets * rows;
       Vec* of_target = of_pred + rows;
-      for (int64_t g = targets; masks && g < padded_targets; ++g) {
+      for (int64_t g = targets; WithMasks && g < padded_targets; ++g) {
         std::fill(y.get() + g * kTileRow<T>, y.get() + (g + 1) * kTileRow<T>, T(0));
       }
 
-      int64_t tiles = 0;
-      for (int64_t x = chunks.begin(chunk); x < chunks.end(chunk); x += kTile) {
-        const int64_t n = std::min(kTile, chunks.end(chunk) - x);
+      int64_t pixels = 0;  // since the last flush
+      for (int64_t x = chunks.begin(chunk); x < chunks.end(chunk); x += tile) {
+        const int64_t n = std::min(tile, chunks.end(chunk) - x);
         const int64_t vectors = (n + lanes - 1) / lanes;
-        for (int64_t r = 0; r < rows; ++r) {
-          load_row(pred, b, first + r, x, n, q.get() + r * kTileRow<T>);
-          add_row<T, Bytes>(q.get() + r * kTileRow<T>, vectors, of_pred[r]);
-        }
-        if (masks) {
+        if constexpr (WithMasks) {
+          for (int64_t r = 0; r < rows; ++r) {
+            load_row(pred, b, first + r, x, n, q.get() + r * kTileRow<T>);
+            add_row<T, Bytes>(q.get() + r * kTileRow<T>, vectors, of_pred[r]);
+          }
           for (int64_t g = 0; g < targets; ++g) {
             load_row(*masks, b, g, x, n, y.get() + g * kTileRow<T>);
             add_row<T, Bytes>(y.get() + g * kTileRow<T>, vectors, of_target[g]);
@@ -154,10 +161,16 @@ struct SumKernel {
           multiply<Bytes>(q.get(), y.get(), vectors, rows, targets, pair);
         } else {
           segments[0].find(*labels, b, x, n, targets);
-          add_segments<Bytes>(q.get(), segments[0], rows, pair, of_target);
+          for (int64_t r = 0; r < rows; ++r) {
+            const T* row = row_at<Bytes>(pred, b, first + r, x, n, q.get());
+            add_row<T, Bytes>(row, vectors, of_pred[r]);
+            add_segments<Bytes>(segments[0], row, pair + r, rows);
+          }
+          count_segments<Bytes>(segments[0], of_target);
         }
-        if (++tiles == kFlushTiles || x + kTile >= chunks.end(chunk)) {
-          tiles = 0;
+        pixels += n;
+        if (pixels >= kFlush || x + n == chunks.end(chunk)) {
+          pixels = 0;
           for (int64_t r = 0; r < rows; ++r) {
             for (int64_t g = 0; g < targets; ++g) {
               sums_of_chunk[layout.pair(first + r, g)] += take_lanes<T, Bytes>(pair[g * rows + r]);
@@ -176,7 +189,6 @@ struct SumKernel {
     }
   }
 
- private:
   template <int Bytes>
   FASTRIS_INLINE static void multiply(
       const T* q, const T* y, int64_t vectors, int64_t rows, int64_t targets, Vector<T, Bytes>* pair) {
@@ -192,23 +204,21 @@ struct SumKernel {
     }
   }
 
+  // Adds the pixels of each label to its sum; those of two labels are `stride` apart.
   template <int Bytes>
-  FASTRIS_INLINE static void add_segments(
-      const T* q,
-      const Segments<T, Bytes>& segments,
-      int64_t rows,
-      Vector<T, Bytes>* pair,
-      Vector<T, Bytes>* of_target) {
+  FASTRIS_INLINE static void
+  add_segments(const Segments<T, Bytes>& segments, const T* row, Vector<T, Bytes>* sums, int64_t stride) {
+    for (int64_t s = 0; s < segments.count; ++s) {
+      const Vector<T, Bytes>& values = vector_at<Bytes>(row + segments.pixel[s]);
+      add_masked(sums[(segments.label[s] - 1) * stride], values, segments.mask[s]);
+    }
+  }
+
+  template <int Bytes>
+  FASTRIS_INLINE static void count_segments(const Segments<T, Bytes>& segments, Vector<T, Bytes>* sums) {
     Vector<T, Bytes> one{};
     one += T(1);
-    for (int64_t s = 0; s < segments.count; ++s) {
-      const auto mask = segments.mask[s];
-      const int64_t g = segments.label[s] - 1;
-      for (int64_t r = 0; r < rows; ++r) {
-        add_masked(pair[g * rows + r], vector_at<Bytes>(q + r * kTileRow<T> + segments.pixel[s]), mask);
-      }
-      add_masked(of_target[g], one, mask);
-    }
+    for (int64_t s = 0; s < segments.count; ++s) add_masked(sums[segments.label[s] - 1], one, segments.mask[s]);
   }
 };
 

@@ -37,8 +37,9 @@ struct WeightedSumKernel {
       const int64_t b = task / chunks.count;
       const int64_t chunk = task % chunks.count;
       find_weights(weight + b * P * G, columns.data(), column_end.data(), used.data());
-      for (int64_t x = chunks.begin(chunk); x < chunks.end(chunk); x += kTile) {
-        const int64_t n = std::min(kTile, chunks.end(chunk) - x);
+      const int64_t tile = masks ? kTile : kLabelTile;
+      for (int64_t x = chunks.begin(chunk); x < chunks.end(chunk); x += tile) {
+        const int64_t n = std::min(tile, chunks.end(chunk) - x);
         for (int64_t g = 0; masks && g < G; ++g) {
           if (used[g]) load_row(*masks, b, g, x, n, y.get() + g * kTileRow<T>);
         }
@@ -49,9 +50,9 @@ struct WeightedSumKernel {
           const int64_t* column = columns.data() + first;
           const int64_t count = column_end[p] - first;
           if (masks) {
-            add_masks<Bytes>(offset[b * P + p], weights, column, count, y.get(), row.get());
+            add_masks<Bytes>(offset[b * P + p], weights, column, count, y.get(), row.get(), n);
           } else {
-            add_labels<Bytes>(offset[b * P + p], weights, count > 0, segments[0], row.get());
+            add_labels<Bytes>(offset[b * P + p], weights, count > 0, segments[0], row.get(), n);
           }
           store(row.get(), n, (b * P + p) * chunks.N + x);
         }
@@ -75,11 +76,11 @@ struct WeightedSumKernel {
 
   template <int Bytes>
   FASTRIS_INLINE static void add_masks(
-      T offset, const T* weights, const int64_t* columns, int64_t count, const T* y, T* row) {
+      T offset, const T* weights, const int64_t* columns, int64_t count, const T* y, T* row, int64_t n) {
     constexpr int lanes = VectorOf<T, Bytes>::lanes;
     constexpr int together = 4;  // vectors of pixels, so that their additions overlap
-    static_assert(kTile % (together * lanes) == 0, "a tile is a whole number of groups of vectors");
-    for (int64_t x = 0; x < kTile; x += together * lanes) {
+    static_assert(kGroup % (together * lanes) == 0, "a row goes on to the end of its group");
+    for (int64_t x = 0; x < n; x += together * lanes) {
       Vector<T, Bytes> sum[together] = {};
 #pragma GCC unroll 4
       for (int i = 0; i < together; ++i) sum[i] += offset;
@@ -96,8 +97,8 @@ struct WeightedSumKernel {
 
   template <int Bytes>
   FASTRIS_INLINE static void add_labels(
-      T offset, const T* weights, bool any_weight, const Segments<T, Bytes>& segments, T* row) {
-    std::fill(row, row + kTile, offset);
+      T offset, const T* weights, bool any_weight, const Segments<T, Bytes>& segments, T* row, int64_t n) {
+    std::fill(row, row + end_of_group(n), offset);
     if (!any_weight) return;
     for (int64_t s = 0; s < segments.count; ++s) {
       Vector<T, Bytes> factor{};
