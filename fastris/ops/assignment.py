@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fastris import backend, reference
+from fastris.ops.arguments import check_counts, describe
 from fastris.reference.assignment import INFEASIBLE, INVALID, Assignment
 
 __all__ = ["INFEASIBLE", "INVALID", "Assignment", "assignment", "linear_sum_assignment"]
@@ -93,10 +94,10 @@ def assignment(
     if not isinstance(cost, Tensor):
         raise TypeError(f"assignment: cost must be a tensor, got {type(cost).__name__}")
     if cost.dim() != 3 or cost.is_complex():
-        raise ValueError(f"assignment: cost must be real (B,P,G), got {_describe(cost)}")
+        raise ValueError(f"assignment: cost must be real (B,P,G), got {describe(cost)}")
     cost = _widened(cost.detach())
-    rows = _counts("num_rows", num_rows, cost)
-    cols = _counts("num_cols", num_cols, cost)
+    rows = check_counts("assignment", "num_rows", num_rows, cost, "cost")
+    cols = check_counts("assignment", "num_cols", num_cols, cost, "cost")
     native = backend.runs_native("assignment", cost.device.type)
     operator = torch.ops.fastris.assignment if native else torch.ops.fastris.assignment_reference
     return Assignment(*operator(cost, rows, cols, maximize))
@@ -144,20 +145,3 @@ def _widened(cost: Tensor) -> Tensor:
     if cost.dtype in (torch.float32, torch.float64):
         return cost
     return cost.to(torch.float32 if cost.is_floating_point() else torch.float64)
-
-
-def _counts(name: str, counts: Tensor | None, cost: Tensor) -> Tensor | None:
-    if counts is None:
-        return None
-    if not isinstance(counts, Tensor):
-        raise TypeError(f"assignment: {name} must be a tensor, got {type(counts).__name__}")
-    integer = not (counts.is_floating_point() or counts.is_complex() or counts.dtype == torch.bool)
-    if not integer or tuple(counts.shape) != (cost.shape[0],):
-        raise ValueError(f"assignment: {name} must be integer ({cost.shape[0]},), got {_describe(counts)}")
-    if counts.device != cost.device:
-        raise ValueError(f"assignment: {name} must be on {cost.device} like cost, got {counts.device}")
-    return counts.to(torch.int64)
-
-
-def _describe(tensor: Tensor) -> str:
-    return f"{str(tensor.dtype).removeprefix('torch.')} ({','.join(map(str, tensor.shape))})"

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fastris import backend, reference
+from fastris.ops.arguments import check_counts, describe
 from fastris.reference.soft_iou import most_labels, soft_iou_and_union, soft_iou_backward
 
 # Schema: a target of three dimensions is a label map with num_labels labels. The results are in the dtype of the sums,
@@ -144,18 +145,18 @@ def soft_iou(
         if not isinstance(tensor, Tensor):
             raise TypeError(f"soft_iou: {name} must be a tensor, got {type(tensor).__name__}")
     if pred.dim() != 4 or not pred.is_floating_point():
-        raise ValueError(f"soft_iou: pred must be floating (B,P,H,W), got {_describe(pred)}")
+        raise ValueError(f"soft_iou: pred must be floating (B,P,H,W), got {describe(pred)}")
     if target.dim() == 3:
         if target.is_floating_point() or target.is_complex() or target.dtype == torch.bool:
-            raise ValueError(f"soft_iou: target labels must be integer (B,H,W), got {_describe(target)}")
+            raise ValueError(f"soft_iou: target labels must be integer (B,H,W), got {describe(target)}")
     elif target.dim() != 4 or target.is_complex():
-        raise ValueError(f"soft_iou: target must be masks (B,G,H,W) or labels (B,H,W), got {_describe(target)}")
+        raise ValueError(f"soft_iou: target must be masks (B,G,H,W) or labels (B,H,W), got {describe(target)}")
     if target.shape[0] != pred.shape[0] or target.shape[-2:] != pred.shape[-2:]:
-        raise ValueError(f"soft_iou: target must match pred {_describe(pred)} in B, H and W, got {_describe(target)}")
+        raise ValueError(f"soft_iou: target must match pred {describe(pred)} in B, H and W, got {describe(target)}")
     if target.device != pred.device:
         raise ValueError(f"soft_iou: target must be on {pred.device} like pred, got {target.device}")
-    num_pred = _counts("num_pred", num_pred, pred)
-    num_target = _counts("num_target", num_target, pred)
+    num_pred = check_counts("soft_iou", "num_pred", num_pred, pred, "pred")
+    num_target = check_counts("soft_iou", "num_target", num_target, pred, "pred")
     if target.dim() == 4:
         num_labels = 0
         if target.dtype not in _MASK_DTYPES:
@@ -171,20 +172,3 @@ def soft_iou(
         return reference.soft_iou(pred, target, num_pred, num_target, num_labels)
     iou, _ = torch.ops.fastris.soft_iou(pred, target, num_pred, num_target, num_labels)
     return iou.to(pred.dtype)
-
-
-def _counts(name: str, counts: Tensor | None, pred: Tensor) -> Tensor | None:
-    if counts is None:
-        return None
-    if not isinstance(counts, Tensor):
-        raise TypeError(f"soft_iou: {name} must be a tensor, got {type(counts).__name__}")
-    integer = not (counts.is_floating_point() or counts.is_complex() or counts.dtype == torch.bool)
-    if not integer or tuple(counts.shape) != (pred.shape[0],):
-        raise ValueError(f"soft_iou: {name} must be integer ({pred.shape[0]},), got {_describe(counts)}")
-    if counts.device != pred.device:
-        raise ValueError(f"soft_iou: {name} must be on {pred.device} like pred, got {counts.device}")
-    return counts.to(torch.int64)
-
-
-def _describe(tensor: Tensor) -> str:
-    return f"{str(tensor.dtype).removeprefix('torch.')} ({','.join(map(str, tensor.shape))})"

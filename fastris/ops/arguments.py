@@ -1,0 +1,30 @@
+"""What the operators' doors check alike."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def check_counts(operator: str, name: str, counts: Tensor | None, like: Tensor, like_name: str) -> Tensor | None:
+    """Optional counts of a batch as int64 (B,), B being the first dimension of ``like``.
+
+    Raises:
+        TypeError: no tensor.
+        ValueError: no integers, another shape or another device; the message names operator and argument.
+    """
+    if counts is None:
+        return None
+    if not isinstance(counts, Tensor):
+        raise TypeError(f"{operator}: {name} must be a tensor, got {type(counts).__name__}")
+    integer = not (counts.is_floating_point() or counts.is_complex() or counts.dtype == torch.bool)
+    if not integer or tuple(counts.shape) != (like.shape[0],):
+        raise ValueError(f"{operator}: {name} must be integer ({like.shape[0]},), got {describe(counts)}")
+    if counts.device != like.device:
+        raise ValueError(f"{operator}: {name} must be on {like.device} like {like_name}, got {counts.device}")
+    return counts.to(torch.int64)
+
+
+def describe(tensor: Tensor) -> str:
+    """Dtype and shape for a message, as in "float32 (2,64,64)"."""
+    return f"{str(tensor.dtype).removeprefix('torch.')} ({','.join(map(str, tensor.shape))})"
