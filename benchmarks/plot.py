@@ -44,7 +44,7 @@ def _draw(result: dict[str, Any], cases: list[dict[str, Any]], dtype: str | None
     rows = -(-len(shapes) // columns)
     figure = Figure(figsize=(5.2 * columns, rows * (1.1 + 0.26 * max(most, 3)) + 1.2), layout="constrained")
     panels = figure.subplots(rows, columns, squeeze=False).flat
-    for panel, shape in zip(panels, shapes, strict=False):
+    for shape, panel in zip(shapes, panels, strict=False):  # in this order no panel is lost
         of_shape = [case for case in cases if case["labels"]["shape"] == shape]
         for height, case in enumerate(of_shape):
             for name, peer in case["peers"].items():
