@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastris.ops.arguments import describe
 from fastris.ops.assignment import assignment
 
 
@@ -105,8 +106,7 @@ class _Matcher(nn.Module):
         return tensor
 
     def _refuse(self, name: str, expected: str, got: Tensor) -> None:
-        dtype, shape = str(got.dtype).removeprefix("torch."), ",".join(map(str, got.shape))
-        raise ValueError(f"{type(self).__name__}: {name} must be {expected}, got {dtype} ({shape}) on {got.device}")
+        raise ValueError(f"{type(self).__name__}: {name} must be {expected}, got {describe(got)} on {got.device}")
 
 
 class HungarianMatcher(_Matcher):
