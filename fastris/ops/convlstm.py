@@ -14,6 +14,9 @@ def convlstm(
     hidden: Tensor | None = None,
     cell: Tensor | None = None,
     steps: int | None = None,
+    *,
+    peephole: Tensor | None = None,
+    dilation: int = 1,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Run a ConvLSTM layer; shapes, dtypes and results as in :func:`fastris.reference.convlstm`.
 
@@ -35,4 +38,4 @@ def convlstm(
     for name, value in (("hidden", hidden), ("cell", cell)):
         if value is not None and tuple(value.shape) != state:
             raise ValueError(f"convlstm: {name} must be {state}, got {tuple(value.shape)}")
-    return reference.convlstm(x, weight, bias, hidden, cell, steps)
+    return reference.convlstm(x, weight, bias, hidden, cell, steps, peephole=peephole, dilation=dilation)

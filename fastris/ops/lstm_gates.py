@@ -8,7 +8,11 @@ from fastris import reference
 
 
 def lstm_gates(
-    gates: Tensor, cell_prev: Tensor, addend: Tensor | None = None, bias: Tensor | None = None
+    gates: Tensor,
+    cell_prev: Tensor,
+    addend: Tensor | None = None,
+    bias: Tensor | None = None,
+    peephole: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """One LSTM update; shapes, dtypes and source as in :func:`fastris.reference.lstm_gates`.
 
@@ -25,4 +29,6 @@ def lstm_gates(
         raise ValueError(f"lstm_gates: addend must be {tuple(gates.shape)}, got {tuple(addend.shape)}")
     if bias is not None and tuple(bias.shape) != (channels,):
         raise ValueError(f"lstm_gates: bias must be ({channels},), got {tuple(bias.shape)}")
-    return reference.lstm_gates(gates, cell_prev, addend, bias)
+    if peephole is not None and tuple(peephole.shape) != (channels // 4 * 3,):
+        raise ValueError(f"lstm_gates: peephole must be ({channels // 4 * 3},), got {tuple(peephole.shape)}")
+    return reference.lstm_gates(gates, cell_prev, addend, bias, peephole)

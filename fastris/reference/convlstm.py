@@ -16,6 +16,9 @@ def convlstm(
     hidden: Tensor | None = None,
     cell: Tensor | None = None,
     steps: int | None = None,
+    *,
+    peephole: Tensor | None = None,
+    dilation: int = 1,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Run a ConvLSTM layer: at each step the gates are ``conv([x_t, h_{t−1}], weight) + bias``.
 
@@ -28,6 +31,8 @@ def convlstm(
         bias: optional (4C,).
         hidden, cell: optional initial state, (B, C, H, W) each; zero where not given.
         steps: T, for an ``x`` of four dimensions.
+        peephole: optional (3C,), see :func:`fastris.reference.lstm_gates`.
+        dilation: pixels between the taps of the kernel.
 
     Returns:
         ``(outputs, hidden, cell)``: (T, B, C, H, W) and the last state, (B, C, H, W) each.
@@ -45,17 +50,17 @@ def convlstm(
     cell = x.new_zeros(state_shape) if cell is None else cell
     outputs = []
     for x_t in sequence:
-        gates = conv2d_same(torch.cat([x_t, hidden], dim=1), weight)
-        hidden, cell = lstm_gates(gates, cell, bias=bias)
+        gates = conv2d_same(torch.cat([x_t, hidden], dim=1), weight, dilation=dilation)
+        hidden, cell = lstm_gates(gates, cell, bias=bias, peephole=peephole)
         outputs.append(hidden)
     stacked = torch.stack(outputs) if outputs else x.new_zeros((0, *state_shape))
     return stacked, hidden, cell
 
 
-def conv2d_same(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def conv2d_same(x: Tensor, weight: Tensor, bias: Tensor | None = None, dilation: int = 1) -> Tensor:
     """Stride-1 convolution that keeps H and W; an even kernel is padded by one more at the bottom and right."""
-    kernel_h, kernel_w = weight.shape[-2:]
-    if kernel_h % 2 and kernel_w % 2:
-        return F.conv2d(x, weight, bias, padding=(kernel_h // 2, kernel_w // 2))
-    top, left = (kernel_h - 1) // 2, (kernel_w - 1) // 2
-    return F.conv2d(F.pad(x, (left, kernel_w - 1 - left, top, kernel_h - 1 - top)), weight, bias)
+    spans = [dilation * (size - 1) for size in weight.shape[-2:]]
+    if not any(span % 2 for span in spans):
+        return F.conv2d(x, weight, bias, padding=(spans[0] // 2, spans[1] // 2), dilation=dilation)
+    top, left = spans[0] // 2, spans[1] // 2
+    return F.conv2d(F.pad(x, (left, spans[1] - left, top, spans[0] - top)), weight, bias, dilation=dilation)
