@@ -7,4 +7,5 @@
 #else
 #define FASTRIS_HOST_DEVICE
 #define FASTRIS_INLINE inline __attribute__((always_inline))
+#define FASTRIS_INLINE_LAMBDA __attribute__((always_inline))
 #endif

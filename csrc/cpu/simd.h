@@ -32,6 +32,22 @@ FASTRIS_INLINE const Vector<T, Bytes>& vector_at(const T* lanes) {
   return *reinterpret_cast<const Vector<T, Bytes>*>(lanes);
 }
 
+// The same at addresses of any alignment.
+template <typename T, int Bytes>
+struct UnalignedVectorOf {
+  typedef T type __attribute__((vector_size(Bytes), aligned(alignof(T)), may_alias));
+};
+
+template <int Bytes, typename T>
+FASTRIS_INLINE typename UnalignedVectorOf<T, Bytes>::type& unaligned_at(T* lanes) {
+  return *reinterpret_cast<typename UnalignedVectorOf<T, Bytes>::type*>(lanes);
+}
+
+template <int Bytes, typename T>
+FASTRIS_INLINE const typename UnalignedVectorOf<T, Bytes>::type& unaligned_at(const T* lanes) {
+  return *reinterpret_cast<const typename UnalignedVectorOf<T, Bytes>::type*>(lanes);
+}
+
 #if defined(__x86_64__)
 
 enum class SimdLevel { baseline, avx2, avx512 };

@@ -1,0 +1,332 @@
+// Tiles of an LSTM's gates, whatever their dtype and layout, and the activations.
+//
+// B = batch, C = channels, N = pixels. Both layouts are rows: NCHW has B rows of C·N elements a gate, channels_last B·N
+// rows of C. A row of gates holds its four gates one after the other; a row of the state is as long as one gate, so that
+// the state of neighbouring rows is one piece of memory.
+#pragma once
+
+#include "../stable_abi.h"
+#include "simd.h"
+
+#include <algorithm>
+#include <cmath>
+#include <type_traits>
+
+namespace fastris {
+
+constexpr int64_t kGates = 4;  // i, f, o, g
+constexpr int64_t kPeepholes = 3;  // i, f, o
+
+// Elements of a tile: the dozen buffers of one stay in the first two levels of cache.
+constexpr int64_t kGateTile = 512;
+constexpr int64_t kShortRow = 64;
+constexpr int64_t kRowsTogether = 16;  // of short rows, so that a tile is whole vectors whatever their length
+constexpr int64_t kLongestTile = 1024;
+static_assert(kLongestTile >= kGateTile && kLongestTile >= kShortRow * kRowsTogether);
+
+template <typename T>
+struct alignas(64) GateBuffer {
+  T at[kLongestTile];
+};
+
+// How the memory of the gates is cut.
+struct GateRows {
+  int64_t rows, length;  // of one gate
+  int64_t channels, run;  // `run` neighbouring elements of a row share a channel
+  int64_t tile_rows, tile_length, tiles_of_row;
+
+  // Throws unless the gates are dense in one of the two layouts.
+  explicit GateRows(const Tensor& gates);
+
+  int64_t tiles() const { return (rows + tile_rows - 1) / tile_rows * tiles_of_row; }
+};
+
+// Whether a (B, channels, H, W) tensor lies in memory as the rows say; strides of dimensions of one element are free.
+inline bool is_dense(const Tensor& tensor, bool channels_last) {
+  const int64_t C = tensor.size(1), H = tensor.size(2), W = tensor.size(3);
+  const int64_t nchw[] = {C * H * W, H * W, W, 1}, nhwc[] = {C * H * W, 1, W * C, C};
+  const int64_t* strides = channels_last ? nhwc : nchw;
+  if (tensor.numel() == 0) return true;
+  for (int64_t dim = 0; dim < 4; ++dim) {
+    if (tensor.size(dim) != 1 && tensor.stride(dim) != strides[dim]) return false;
+  }
+  return true;
+}
+
+inline GateRows::GateRows(const Tensor& gates) {
+  FASTRIS_CHECK(gates.dim() == 4 && gates.size(1) % kGates == 0, "lstm_gates: gates must be (B,4C,H,W)");
+  const bool channels_last = !is_dense(gates, false);
+  FASTRIS_CHECK(!channels_last || is_dense(gates, true), "lstm_gates: gates must be dense, NCHW or channels_last");
+  const int64_t pixels = gates.size(2) * gates.size(3);
+  channels = gates.size(1) / kGates;
+  rows = channels_last ? gates.size(0) * pixels : gates.size(0);
+  length = channels_last ? channels : channels * pixels;
+  run = channels_last ? 1 : pixels;
+  tile_length = std::max<int64_t>(1, std::min(length, kGateTile));
+  tiles_of_row = (length + tile_length - 1) / tile_length;
+  tile_rows = tiles_of_row > 1 ? 1 : std::max<int64_t>(1, kGateTile / tile_length);
+  if (tile_length <= kShortRow) tile_rows = (tile_rows + kRowsTogether - 1) / kRowsTogether * kRowsTogether;
+}
+
+// One tile: some columns of one row, or some whole rows.
+struct GateTile {
+  int64_t row, rows, column, columns;
+  int64_t size;  // elements of one gate
+  int64_t gate_at, state_at;  // the first element of i, and of the state
+  int64_t length;  // of a row
+
+  GateTile(const GateRows& all, int64_t tile)
+      : row(tile / all.tiles_of_row * all.tile_rows),
+        rows(std::min(all.tile_rows, all.rows - row)),
+        column(tile % all.tiles_of_row * all.tile_length),
+        columns(std::min(all.tile_length, all.length - column)),
+        size(rows * columns),
+        gate_at(row * kGates * all.length + column),
+        state_at(row * all.length + column),
+        length(all.length) {}
+};
+
+// Copies whole vectors, the last one ending where the row ends.
+template <int Bytes, typename T, typename Step>
+FASTRIS_INLINE void for_vectors(int64_t n, const Step& step) {
+  constexpr int64_t lanes = VectorOf<T, Bytes>::lanes;
+  for (int64_t i = 0; i + lanes <= n; i += lanes) step(i);
+  if (n % lanes != 0) step(n - lanes);
+}
+
+// to = from (+ addend), widened.
+template <int Bytes, typename T, typename From>
+FASTRIS_INLINE void load_row(const From* from, const From* addend, int64_t n, T* to) {
+  if constexpr (std::is_same_v<T, From>) {
+    if (n >= VectorOf<T, Bytes>::lanes) {
+      if (addend == nullptr) {
+        for_vectors<Bytes, T>(n, [&](int64_t i) FASTRIS_INLINE_LAMBDA {
+          unaligned_at<Bytes>(to + i) = unaligned_at<Bytes>(from + i);
+        });
+      } else {
+        for_vectors<Bytes, T>(n, [&](int64_t i) FASTRIS_INLINE_LAMBDA {
+          unaligned_at<Bytes>(to + i) = unaligned_at<Bytes>(from + i) + unaligned_at<Bytes>(addend + i);
+        });
+      }
+      return;
+    }
+  }
+  if (addend == nullptr) {
+    for (int64_t i = 0; i < n; ++i) to[i] = static_cast<T>(from[i]);
+  } else {
+    for (int64_t i = 0; i < n; ++i) to[i] = static_cast<T>(from[i]) + static_cast<T>(addend[i]);
+  }
+}
+
+template <int Bytes, typename T, typename To>
+FASTRIS_INLINE void store_row(const T* from, int64_t n, To* to) {
+  if constexpr (std::is_same_v<T, To>) {
+    if (n >= VectorOf<T, Bytes>::lanes) {
+      for_vectors<Bytes, T>(n, [&](int64_t i) FASTRIS_INLINE_LAMBDA {
+        unaligned_at<Bytes>(to + i) = unaligned_at<Bytes>(from + i);
+      });
+      return;
+    }
+  }
+  for (int64_t i = 0; i < n; ++i) to[i] = static_cast<To>(from[i]);
+}
+
+// to += from
+template <int Bytes, typename T>
+FASTRIS_INLINE void add_row(const T* from, int64_t n, T* to) {
+  constexpr int64_t lanes = VectorOf<T, Bytes>::lanes;
+  int64_t i = 0;
+  for (; i + lanes <= n; i += lanes) unaligned_at<Bytes>(to + i) += unaligned_at<Bytes>(from + i);
+  for (; i < n; ++i) to[i] += from[i];
+}
+
+// The tile's pre-activations of one gate, in the type that is computed with.
+template <int Bytes, typename T, typename G>
+FASTRIS_INLINE void load_gate(const GateTile& tile, int64_t gate, const G* gates, const G* addend, T* to) {
+  int64_t at = tile.gate_at + gate * tile.length;
+  for (int64_t r = 0; r < tile.rows; ++r, at += kGates * tile.length) {
+    load_row<Bytes>(gates + at, addend ? addend + at : nullptr, tile.columns, to + r * tile.columns);
+  }
+}
+
+// What belongs to channels, for every element of the tile.
+template <typename T>
+FASTRIS_INLINE void spread_over(const GateRows& all, const GateTile& tile, const T* of_channel, T* to) {
+  for (int64_t r = 0; r < tile.rows; ++r) {
+    for (int64_t i = 0; i < tile.columns;) {
+      const int64_t channel = (tile.column + i) / all.run;
+      const int64_t end = std::min(tile.columns, (channel + 1) * all.run - tile.column);
+      for (; i < end; ++i) to[r * tile.columns + i] = of_channel[channel];
+    }
+  }
+}
+
+// Where a tile of the state is: in place where it is whole vectors of the type computed with, in a buffer otherwise.
+template <int Bytes, typename T, typename S>
+FASTRIS_INLINE const T* load_state(const S* state, int64_t n, T* buffer) {
+  if constexpr (std::is_same_v<T, S>) {
+    if (n % VectorOf<T, Bytes>::lanes == 0) return state;
+  }
+  load_row<Bytes>(state, static_cast<const S*>(nullptr), n, buffer);
+  return buffer;
+}
+
+// Likewise for writing: the caller stores the buffer afterwards where it got that.
+template <typename T, typename S>
+FASTRIS_INLINE T* in_place(S* state, bool whole, T* buffer) {
+  if constexpr (std::is_same_v<T, S>) {
+    if (whole) return state;
+  }
+  return buffer;
+}
+
+// Spreads the tiles over the threads.
+template <typename Kernel>
+void run_over_tiles(const Kernel& kernel) {
+  if (kernel.all.length == 0) return;
+  torch::stable::parallel_for(0, kernel.all.tiles(), 8, [&](int64_t begin, int64_t end) {
+    Kernel part = kernel;
+    part.begin = begin;
+    part.end = end;
+    run_simd(part);
+  });
+}
+
+// Activations. T is float or double; vectors of doubles serve gradient checks, and take the library's functions.
+
+template <int Bytes>
+FASTRIS_INLINE Vector<float, Bytes> exponential(Vector<float, Bytes> x) {
+  using Real = Vector<float, Bytes>;
+  using Int = Vector<int32_t, Bytes>;
+  x = x < -88.0f ? Real{} - 88.0f : x;  // comparisons with NaN are false: it stays
+  x = x > 88.0f ? Real{} + 88.0f : x;
+  const float magic = 12582912.0f;  // 1.5 · 2²³: adding it rounds to an integer, in the low bits
+  const Real rounded = x * 1.44269504088896341f + magic;
+  const Real n = rounded - magic;
+  const Real r = (x - n * 0.693359375f) + n * 2.12194440e-4f;  // ln 2 in two parts
+  Real p = Real{} + 1.9875691500e-4f;
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * (r * r) + r + 1.0f;
+  const Int bits = (Int)rounded;
+  return p * (Real)((bits + (127 - 0x4b400000)) << 23);
+}
+
+template <int Bytes>
+FASTRIS_INLINE Vector<float, Bytes> sigmoid(const Vector<float, Bytes>& x) {
+  return 1.0f / (1.0f + exponential<Bytes>(-x));
+}
+
+// 1 − 2 / (e^{2|x|} + 1) away from 0, where it would lose all digits; a polynomial near it.
+template <int Bytes>
+FASTRIS_INLINE Vector<float, Bytes> hyperbolic_tangent(const Vector<float, Bytes>& x) {
+  using Real = Vector<float, Bytes>;
+  const Real size = x < 0.0f ? -x : x;
+  const Real far = 1.0f - 2.0f / (exponential<Bytes>(size + size) + 1.0f);
+  const Real z = x * x;
+  Real p = Real{} - 5.70498872745e-3f;
+  p = p * z + 2.06390887954e-2f;
+  p = p * z - 5.37397155531e-2f;
+  p = p * z + 1.33314422036e-1f;
+  p = p * z - 3.33332819422e-1f;
+  const Real near = p * z * x + x;
+  const Real signed_far = x < 0.0f ? -far : far;
+  return size < 0.625f ? near : signed_far;
+}
+
+template <int Bytes>
+FASTRIS_INLINE Vector<double, Bytes> sigmoid(const Vector<double, Bytes>& x) {
+  Vector<double, Bytes> y;
+  for (int i = 0; i < VectorOf<double, Bytes>::lanes; ++i) y[i] = 1.0 / (1.0 + std::exp(-x[i]));
+  return y;
+}
+
+template <int Bytes>
+FASTRIS_INLINE Vector<double, Bytes> hyperbolic_tangent(const Vector<double, Bytes>& x) {
+  Vector<double, Bytes> y;
+  for (int i = 0; i < VectorOf<double, Bytes>::lanes; ++i) y[i] = std::tanh(x[i]);
+  return y;
+}
+
+// Arguments
+
+template <typename T>
+const T* data_or_null(const std::optional<Tensor>& tensor) {
+  return tensor ? static_cast<const T*>(tensor->const_data_ptr()) : nullptr;
+}
+
+template <typename T>
+T* mutable_data_or_null(const std::optional<Tensor>& tensor) {
+  return tensor ? static_cast<T*>(tensor->data_ptr()) : nullptr;
+}
+
+// Every tensor that goes with the gates, checked to be as they are: `channels` in all, dense in their layout.
+struct GateChecks {
+  const char* operation;
+  const Tensor& gates;
+  bool channels_last;
+
+  GateChecks(const char* operation_, const Tensor& gates_)
+      : operation(operation_), gates(gates_), channels_last(!is_dense(gates, false)) {}
+
+  void like_gates(const std::optional<Tensor>& tensor, const char* name, ScalarType type) const {
+    check(tensor, name, gates.size(1), type);
+  }
+  void like_state(const std::optional<Tensor>& tensor, const char* name, ScalarType type) const {
+    check(tensor, name, gates.size(1) / kGates, type);
+  }
+  void per_channel(const std::optional<Tensor>& tensor, const char* name, int64_t count, ScalarType type) const {
+    if (!tensor) return;
+    const int64_t size = count * gates.size(1) / kGates;
+    FASTRIS_CHECK(
+        tensor->dim() == 1 && tensor->size(0) == size && tensor->scalar_type() == type &&
+            (size <= 1 || tensor->stride(0) == 1),
+        operation, ": ", name, " must be contiguous (", size, "), in the dtype computed with");
+  }
+
+ private:
+  void check(const std::optional<Tensor>& tensor, const char* name, int64_t channels, ScalarType type) const {
+    if (!tensor) return;
+    FASTRIS_CHECK(
+        tensor->dim() == 4 && tensor->size(0) == gates.size(0) && tensor->size(1) == channels &&
+            tensor->size(2) == gates.size(2) && tensor->size(3) == gates.size(3),
+        operation, ": ", name, " must have ", channels, " channels and the gates' other dimensions");
+    FASTRIS_CHECK(tensor->scalar_type() == type, operation, ": ", name, " has the wrong dtype");
+    FASTRIS_CHECK(is_dense(*tensor, channels_last), operation, ": ", name, " must be dense in the layout of the gates");
+  }
+};
+
+inline ScalarType compute_type(ScalarType type) {
+  return type == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+// The types computed with, of the gates, and of the cell.
+template <typename T, typename G, typename S>
+struct GateTypes {
+  using Compute = T;
+  using Gate = G;
+  using Cell = S;
+};
+
+// Calls run with the GateTypes.
+template <typename Run>
+void with_gate_types(const char* operation, ScalarType gates, ScalarType cell, const Run& run) {
+  FASTRIS_CHECK(
+      cell == gates || (cell == ScalarType::Float && gates != ScalarType::Double), operation,
+      ": the cell must be in the dtype of the gates, or float32");
+  const bool wide = cell != gates;
+  switch (gates) {
+    case ScalarType::Double: return run(GateTypes<double, double, double>());
+    case ScalarType::Float: return run(GateTypes<float, float, float>());
+    case ScalarType::BFloat16:
+      return wide ? run(GateTypes<float, BFloat16, float>()) : run(GateTypes<float, BFloat16, BFloat16>());
+    case ScalarType::Half:
+      return wide ? run(GateTypes<float, Half, float>()) : run(GateTypes<float, Half, Half>());
+    default: FASTRIS_CHECK(false, operation, ": gates must be floating");
+  }
+}
+
+}  // namespace fastris
