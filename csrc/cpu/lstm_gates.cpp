@@ -36,8 +36,9 @@ struct GatesKernel {
       const bool whole = tile.size % lanes == 0;
       T* to_hidden = in_place<T>(hidden + tile.state_at, whole, h.at);
       T* to_cell = in_place<T>(cell + tile.state_at, whole, c.at);
-      peephole == nullptr ? update<Bytes, false>(tile.size, gate, weight, previous, to_hidden, to_cell)
-                          : update<Bytes, true>(tile.size, gate, weight, previous, to_hidden, to_cell);
+      const GateTile next(all, t + 1 < end ? t + 1 : t);
+      peephole == nullptr ? update<Bytes, false>(tile.size, next, gate, weight, previous, to_hidden, to_cell)
+                          : update<Bytes, true>(tile.size, next, gate, weight, previous, to_hidden, to_cell);
       if (to_hidden == h.at) store_row<Bytes>(h.at, tile.size, hidden + tile.state_at);
       if (to_cell == c.at) store_row<Bytes>(c.at, tile.size, cell + tile.state_at);
     }
@@ -45,11 +46,18 @@ struct GatesKernel {
 
  private:
   template <int Bytes, bool Peephole>
-  FASTRIS_INLINE static void update(
-      int64_t n, const GateBuffer<T>* gate, const GateBuffer<T>* weight, const T* previous, T* hidden, T* cell) {
+  FASTRIS_INLINE void update(
+      int64_t n,
+      const GateTile& next,
+      const GateBuffer<T>* gate,
+      const GateBuffer<T>* weight,
+      const T* previous,
+      T* to_hidden,
+      T* to_cell) const {
     using Real = Vector<T, Bytes>;
     constexpr int lanes = VectorOf<T, Bytes>::lanes;
     for (int64_t x = 0; x < n; x += lanes) {
+      prefetch_gates<Bytes>(next, x, gates, addend);
       const auto pre = [&](int64_t k) FASTRIS_INLINE_LAMBDA -> Real { return vector_at<Bytes>(gate[k].at + x); };
       const auto w = [&](int64_t k) FASTRIS_INLINE_LAMBDA -> Real { return vector_at<Bytes>(weight[k].at + x); };
       Real c_prev{};
@@ -61,8 +69,8 @@ struct GatesKernel {
       }
       const Real c = sigmoid<Bytes>(pre_f) * c_prev + sigmoid<Bytes>(pre_i) * hyperbolic_tangent<Bytes>(pre(3));
       if constexpr (Peephole) pre_o += w(2) * c;
-      unaligned_at<Bytes>(cell + x) = c;
-      unaligned_at<Bytes>(hidden + x) = sigmoid<Bytes>(pre_o) * hyperbolic_tangent<Bytes>(c);
+      unaligned_at<Bytes>(to_cell + x) = c;
+      unaligned_at<Bytes>(to_hidden + x) = sigmoid<Bytes>(pre_o) * hyperbolic_tangent<Bytes>(c);
     }
   }
 };

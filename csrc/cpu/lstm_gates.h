@@ -149,6 +149,18 @@ FASTRIS_INLINE void load_gate(const GateTile& tile, int64_t gate, const G* gates
   }
 }
 
+// Asks for what the next tile reads while this one is computed: its x-th vector of each gate.
+template <int Bytes, typename G>
+FASTRIS_INLINE void prefetch_gates(const GateTile& next, int64_t x, const G* gates, const G* addend) {
+  constexpr int64_t lanes = Bytes / static_cast<int64_t>(sizeof(float));
+  const bool whole_rows = next.columns == next.length;  // then the four gates are one piece of memory
+  for (int64_t k = 0; k < kGates; ++k) {
+    const int64_t at = next.gate_at + (whole_rows ? kGates * x + k * lanes : k * next.length + x);
+    __builtin_prefetch(gates + at, 0, 2);
+    if (addend != nullptr) __builtin_prefetch(addend + at, 0, 2);
+  }
+}
+
 // What belongs to channels, for every element of the tile.
 template <typename T>
 FASTRIS_INLINE void spread_over(const GateRows& all, const GateTile& tile, const T* of_channel, T* to) {
@@ -194,25 +206,28 @@ void run_over_tiles(const Kernel& kernel) {
 
 // Activations. T is float or double; vectors of doubles serve gradient checks, and take the library's functions.
 
+// e^x, x clamped to where it is finite and normal: x·log₂e is rounded to an integer, which goes to the exponent, and a
+// polynomial does the rest.
 template <int Bytes>
-FASTRIS_INLINE Vector<float, Bytes> exponential(Vector<float, Bytes> x) {
+FASTRIS_INLINE Vector<float, Bytes> exponential(const Vector<float, Bytes>& x) {
   using Real = Vector<float, Bytes>;
   using Int = Vector<int32_t, Bytes>;
-  x = x < -88.0f ? Real{} - 88.0f : x;  // comparisons with NaN are false: it stays
-  x = x > 88.0f ? Real{} + 88.0f : x;
-  const float magic = 12582912.0f;  // 1.5 · 2²³: adding it rounds to an integer, in the low bits
-  const Real rounded = x * 1.44269504088896341f + magic;
+  const Real limit = Real{} + 87.0f;
+  Real y = x < -limit ? -limit : x;  // comparisons with NaN are false: it stays
+  y = y > limit ? limit : y;
+  const float log2_e = 1.44269504f, left_over = 1.92596299e-8f;
+  const float magic = 12582912.0f;  // 1.5 · 2²³: adding it rounds, and leaves the integer in the low bits
+  const Real rounded = y * log2_e + magic;
   const Real n = rounded - magic;
-  const Real r = (x - n * 0.693359375f) + n * 2.12194440e-4f;  // ln 2 in two parts
-  Real p = Real{} + 1.9875691500e-4f;
-  p = p * r + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = p * (r * r) + r + 1.0f;
-  const Int bits = (Int)rounded;
-  return p * (Real)((bits + (127 - 0x4b400000)) << 23);
+  const Real r = (y * log2_e - n) + y * left_over;
+  Real p = Real{} + 1.535336188319500e-4f;  // 2^r on [−½, ½]
+  p = p * r + 1.339887440266574e-3f;
+  p = p * r + 9.618437357674640e-3f;
+  p = p * r + 5.550332471162809e-2f;
+  p = p * r + 2.402264791363012e-1f;
+  p = p * r + 6.931472028550421e-1f;
+  p = p * r + 1.0f;
+  return (Real)((Int)p + ((Int)rounded << 23));
 }
 
 template <int Bytes>
@@ -220,11 +235,13 @@ FASTRIS_INLINE Vector<float, Bytes> sigmoid(const Vector<float, Bytes>& x) {
   return 1.0f / (1.0f + exponential<Bytes>(-x));
 }
 
-// 1 − 2 / (e^{2|x|} + 1) away from 0, where it would lose all digits; a polynomial near it.
+// 1 − 2 / (e^{2|x|} + 1) away from 0, where that would lose all digits; a polynomial near it.
 template <int Bytes>
 FASTRIS_INLINE Vector<float, Bytes> hyperbolic_tangent(const Vector<float, Bytes>& x) {
   using Real = Vector<float, Bytes>;
-  const Real size = x < 0.0f ? -x : x;
+  using Int = Vector<int32_t, Bytes>;
+  const Int sign = (Int)x & INT32_MIN;
+  const Real size = (Real)((Int)x ^ sign);
   const Real far = 1.0f - 2.0f / (exponential<Bytes>(size + size) + 1.0f);
   const Real z = x * x;
   Real p = Real{} - 5.70498872745e-3f;
@@ -233,7 +250,7 @@ FASTRIS_INLINE Vector<float, Bytes> hyperbolic_tangent(const Vector<float, Bytes
   p = p * z + 1.33314422036e-1f;
   p = p * z - 3.33332819422e-1f;
   const Real near = p * z * x + x;
-  const Real signed_far = x < 0.0f ? -far : far;
+  const Real signed_far = (Real)((Int)far | sign);
   return size < 0.625f ? near : signed_far;
 }
 

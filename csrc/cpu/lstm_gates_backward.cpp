@@ -38,8 +38,9 @@ struct GatesBackwardKernel {
       if (cell_prev != nullptr) c_prev = load_state<Bytes>(cell_prev + tile.state_at, n, buffer[0].at);
       if (d_hidden != nullptr) d_h = load_state<Bytes>(d_hidden + tile.state_at, n, buffer[1].at);
       if (d_cell != nullptr) d_c = load_state<Bytes>(d_cell + tile.state_at, n, buffer[2].at);
-      peephole == nullptr ? differentiate<Bytes, false>(n, gate, weight, c_prev, d_h, d_c, d_before.at)
-                          : differentiate<Bytes, true>(n, gate, weight, c_prev, d_h, d_c, d_before.at);
+      const GateTile next(all, t + 1 < end ? t + 1 : t);
+      peephole == nullptr ? differentiate<Bytes, false>(n, next, gate, weight, c_prev, d_h, d_c, d_before.at)
+                          : differentiate<Bytes, true>(n, next, gate, weight, c_prev, d_h, d_c, d_before.at);
       for (int64_t k = 0; k < kGates; ++k) {
         int64_t at = tile.gate_at + k * tile.length;
         for (int64_t r = 0; r < tile.rows; ++r, at += kGates * tile.length) {
@@ -57,23 +58,25 @@ struct GatesBackwardKernel {
 
   // Replaces the pre-activations by their gradients.
   template <int Bytes, bool Peephole>
-  FASTRIS_INLINE static void differentiate(
+  FASTRIS_INLINE void differentiate(
       int64_t n,
+      const GateTile& next,
       GateBuffer<T>* gate,
       const GateBuffer<T>* weight,
-      const T* cell_prev,
-      const T* d_hidden,
-      const T* d_cell,
-      T* d_cell_prev) {
+      const T* before,
+      const T* d_after_hidden,
+      const T* d_after,
+      T* d_before_cell) const {
     using Real = Vector<T, Bytes>;
     constexpr int lanes = VectorOf<T, Bytes>::lanes;
     for (int64_t x = 0; x < n; x += lanes) {
+      prefetch_gates<Bytes>(next, x, gates, addend);
       const auto pre = [&](int64_t k) FASTRIS_INLINE_LAMBDA -> Real& { return vector_at<Bytes>(gate[k].at + x); };
       const auto w = [&](int64_t k) FASTRIS_INLINE_LAMBDA -> Real { return vector_at<Bytes>(weight[k].at + x); };
       Real c_prev{}, d_h{}, d_c{};
-      if (cell_prev != nullptr) c_prev = unaligned_at<Bytes>(cell_prev + x);
-      if (d_hidden != nullptr) d_h = unaligned_at<Bytes>(d_hidden + x);
-      if (d_cell != nullptr) d_c = unaligned_at<Bytes>(d_cell + x);
+      if (before != nullptr) c_prev = unaligned_at<Bytes>(before + x);
+      if (d_after_hidden != nullptr) d_h = unaligned_at<Bytes>(d_after_hidden + x);
+      if (d_after != nullptr) d_c = unaligned_at<Bytes>(d_after + x);
       Real pre_i = pre(0), pre_f = pre(1), pre_o = pre(2);
       if constexpr (Peephole) {
         pre_i += w(0) * c_prev;
@@ -95,7 +98,7 @@ struct GatesBackwardKernel {
       pre(1) = d_f;
       pre(2) = d_o;
       pre(3) = d_c * i * (1 - g * g);
-      vector_at<Bytes>(d_cell_prev + x) = d_before;
+      vector_at<Bytes>(d_before_cell + x) = d_before;
     }
   }
 };
