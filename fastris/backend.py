@@ -16,12 +16,12 @@ BACKENDS = ("auto", "reference", "native")
 NATIVE_OPERATORS: dict[str, frozenset[str]] = {
     "assignment": frozenset({"cpu", "cuda"}),
     "lstm_gates": frozenset({"cpu", "cuda"}),
-    "convlstm": frozenset(),
+    "convlstm": frozenset({"cpu", "cuda"}),
     "soft_iou": frozenset({"cpu", "cuda"}),
 }
 """Every operator, with the device types that there is a native kernel for when all is built and installed."""
 
-TRITON_OPERATORS = frozenset({"lstm_gates", "soft_iou"})
+TRITON_OPERATORS = frozenset({"convlstm", "lstm_gates", "soft_iou"})
 """Those whose CUDA kernel is written in Triton; all others are in fastris._C."""
 
 TRITON_FOUND = importlib.util.find_spec("triton") is not None

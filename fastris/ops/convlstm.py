@@ -1,10 +1,299 @@
-"""``convlstm``: a ConvLSTM layer over a whole sequence."""
+"""``convlstm``: a ConvLSTM layer over a whole sequence, ``torch.ops.fastris.convlstm``.
+
+T = steps, B = batch, Cin = input channels, C = hidden channels.
+
+A constant x goes through its half of the convolution once, in both directions, and a zero state through none. All is
+computed in channels_last, in which the convolutions are fastest. Backward needs the pre-activations of every step:
+``memory`` says of how many they are kept, those of the others are computed again.
+"""
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from torch import Tensor
 
-from fastris import reference
+from fastris import backend, reference
+from fastris.ops.arguments import describe
+from fastris.ops.lstm_gates import compute_dtype, peephole_gradient
+from fastris.reference.convlstm import conv2d_same
+
+RECOMPUTED = {"save": 0.0, "balanced": 0.35, "recompute": 1.0, "none": 1.0}
+"""Share of the steps whose pre-activations are computed again. With "none" the cells are not kept either: no backward."""
+
+# Schema. For backward alone: cells are those of every step, and kept the pre-activations of the last steps, after the
+# hoisted part where x is constant. The gradients asked for by `needed`, in the order x, weight, bias, hidden, cell,
+# peephole; all others are empty.
+
+_library = torch.library.Library("fastris", "FRAGMENT")
+_library.define(
+    "convlstm(Tensor x, Tensor weight, Tensor? bias, Tensor? hidden, Tensor? cell, Tensor? peephole, int steps,"
+    " int dilation, str memory) -> (Tensor outputs, Tensor last_hidden, Tensor last_cell, Tensor cells, Tensor[] kept)"
+)
+_library.define(
+    "convlstm_backward(Tensor x, Tensor weight, Tensor? bias, Tensor? hidden, Tensor? cell, Tensor? peephole, int steps,"
+    " int dilation, Tensor outputs, Tensor cells, Tensor[] kept, Tensor? d_outputs, Tensor? d_hidden, Tensor? d_cell,"
+    " bool[] needed) -> Tensor[]"
+)
+
+
+class _Layer:
+    """The layer of one call, forward or backward."""
+
+    def __init__(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        hidden: Tensor | None,
+        cell: Tensor | None,
+        peephole: Tensor | None,
+        steps: int,
+        dilation: int,
+    ) -> None:
+        self.constant = x.dim() == 4
+        self.steps, self.dilation = steps, dilation
+        self.channels, self.inputs = weight.shape[0] // 4, x.shape[-3]
+        self.batch, self.height, self.width = x.shape[-4], *x.shape[-2:]
+        self.x = channels_last(x) if self.constant else x
+        self.weight = weight
+        self.weight_x, self.weight_h = (channels_last(one) for one in weight.split([self.inputs, self.channels], 1))
+        self.bias = bias
+        self.hidden = None if hidden is None else channels_last(hidden)
+        self.cell = None if cell is None else channels_last(cell)
+        self.peephole = None if peephole is None else peephole.to(compute_dtype(x.dtype)).contiguous()
+        self.cell_dtype = cell.dtype if cell is not None else torch.promote_types(x.dtype, torch.float32)
+        self._hoisted: Tensor | None = None
+
+        self.weight_all = weight if self.constant else channels_last(weight)
+
+    @property
+    def hoisted(self) -> Tensor:
+        """The part of the pre-activations that is the same at every step of a constant x."""
+        if self._hoisted is None:
+            self._hoisted = self.convolve(self.x, self.weight_x, self.bias)
+        return self._hoisted
+
+    def convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        return channels_last(conv2d_same(x, weight, bias, self.dilation))
+
+    def kept_steps(self, memory: str) -> range:
+        """The steps whose pre-activations are kept. What step 0 of a constant x computes is the hoisted part itself."""
+        first = int(self.constant and self.hidden is None)
+        recomputed = round((self.steps - first) * RECOMPUTED[memory])
+        return range(min(first + recomputed, self.steps), self.steps)
+
+    def moving(self, t: int, previous: Tensor | None) -> Tensor | None:
+        """What is convolved at step t: [x_t, h], or h alone beside a constant x, or nothing."""
+        if self.constant:
+            return previous
+        x = channels_last(self.x[t])
+        return x if previous is None else channels_last(torch.cat([x, previous], 1))
+
+    def gates(self, t: int, previous: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Pre-activations of a step in two addends, the second one hoisted."""
+        moving = self.moving(t, previous)
+        if moving is None:
+            return self.hoisted, None
+        if self.constant:
+            return self.convolve(moving, self.weight_h), self.hoisted
+        return self.convolve(moving, self.weight_x if previous is None else self.weight_all, self.bias), None
+
+    def states(self, dtype: torch.dtype, count: int) -> Tensor:
+        """Room for (count, B, C, H, W), each channels_last."""
+        shape = (count, self.batch, self.height, self.width, self.channels)
+        return self.x.new_empty(shape, dtype=dtype).permute(0, 1, 4, 2, 3)
+
+    def forward(self, memory: str) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
+        outputs = self.states(self.x.dtype, self.steps)
+        cells = self.states(self.cell_dtype, 2 if memory == "none" else self.steps)
+        kept_steps = self.kept_steps(memory)
+        kept = [self.hoisted] if self.constant and memory != "none" else []
+        hidden, cell = self.hidden, self.cell
+        for t in range(self.steps):
+            gates, addend = self.gates(t, hidden)
+            next_hidden, next_cell = outputs[t], cells[t % len(cells)]
+            torch.ops.fastris.lstm_gates_out(gates, cell, addend, None, self.peephole, next_hidden, next_cell)
+            hidden, cell = next_hidden, next_cell
+            if t in kept_steps:
+                kept.append(gates)
+        if hidden is None or cell is None or self.steps == 0:  # nothing has moved
+            hidden = self.states(self.x.dtype, 1)[0].zero_() if hidden is None else hidden
+            cell = self.states(self.cell_dtype, 1)[0].zero_() if cell is None else cell
+        return outputs, hidden.clone(), cell.clone(), cells[:0] if memory == "none" else cells, kept
+
+    def backward(
+        self,
+        outputs: Tensor,
+        cells: Tensor,
+        kept: list[Tensor],
+        d_outputs: Tensor | None,
+        d_hidden: Tensor | None,
+        d_cell: Tensor | None,
+        needed: list[bool],
+    ) -> list[Tensor]:
+        need_x, need_weight, need_bias, need_hidden, _, need_peephole = needed
+        if self.constant:
+            self._hoisted, *kept = kept
+        compute = compute_dtype(self.x.dtype)
+        x_and_h = [self.inputs, self.channels]
+        d_weight = torch.zeros_like(self.weight, dtype=compute)
+        d_weight_x, d_weight_h = d_weight.split(x_and_h, 1)
+        d_peephole = self.x.new_zeros(3 * self.channels, dtype=compute)
+        d_bias = self.x.new_zeros(4 * self.channels, dtype=compute)
+        d_x = torch.empty_like(self.x) if need_x and not self.constant else self.x.new_empty(0)
+        d_sum = torch.zeros_like(self.hoisted, dtype=compute) if self.constant else None
+        d_h = None if d_hidden is None else channels_last(d_hidden).clone()
+        d_c = None if d_cell is None else channels_last(d_cell).clone()
+        for t in reversed(range(self.steps)):
+            before = (outputs[t - 1], cells[t - 1]) if t else (self.hidden, self.cell)
+            age = self.steps - 1 - t
+            if age < len(kept):
+                gates, addend = kept[-1 - age], self.hoisted if self.constant else None
+            else:
+                gates, addend = self.gates(t, before[0])
+            d_gates = gates if age >= len(kept) and gates is not self._hoisted else torch.empty_like(gates)
+            if d_outputs is not None:
+                d_h = channels_last(d_outputs[t]).clone() if d_h is None else d_h.add_(d_outputs[t])
+            if d_c is None:
+                d_c = torch.zeros_like(cells[t])
+            torch.ops.fastris.lstm_gates_backward_out(
+                gates, before[1], addend, None, self.peephole, d_h, d_c, d_gates, d_c, d_sum
+            )
+            del gates
+            if need_peephole:
+                cell_before = torch.zeros_like(cells[t]) if before[1] is None else before[1]
+                d_peephole += peephole_gradient(d_gates.to(compute), cell_before, cells[t])
+            d_h = None
+            moving = self.moving(t, before[0])
+            if moving is not None:
+                weight = self.weight_h if self.constant else self.weight_all if before[0] is not None else self.weight_x
+                wanted = t > 0 or need_hidden or (need_x and not self.constant), need_weight
+                d_moving, d_moving_weight = self.convolve_backward(d_gates, moving, weight, *wanted)
+                if need_weight:
+                    into = d_weight_h if self.constant else d_weight if before[0] is not None else d_weight_x
+                    into += d_moving_weight
+                if not self.constant:
+                    if need_x:
+                        d_x[t] = d_moving[:, : self.inputs]
+                    if before[0] is not None and wanted[0]:
+                        d_h = channels_last(d_moving[:, self.inputs :])
+                    if need_bias:
+                        d_bias += d_gates.sum((0, 2, 3), dtype=compute)
+                elif wanted[0]:
+                    d_h = d_moving
+        if d_sum is not None:
+            d_x, d_weight_once = self.convolve_backward(
+                d_sum.to(self.x.dtype), self.x, self.weight_x, need_x, need_weight
+            )
+            if need_weight:
+                d_weight_x += d_weight_once
+            d_bias = d_sum.sum((0, 2, 3))
+        found = [d_x, d_weight, d_bias, d_h, d_c, d_peephole]
+        like = [self.x, self.weight, self.bias, self.hidden, self.cell, self.peephole]
+        return [
+            grad.to(one.dtype) if wanted and grad is not None and one is not None else self.x.new_empty(0)
+            for grad, one, wanted in zip(found, like, needed, strict=True)
+        ]
+
+    def convolve_backward(
+        self, grad: Tensor, x: Tensor, weight: Tensor, need_x: bool, need_weight: bool
+    ) -> tuple[Tensor, Tensor]:
+        """Gradients of x and of the weight of :meth:`convolve`; those not needed are empty."""
+        empty = grad.new_empty(0)
+        if not (need_x or need_weight):
+            return empty, empty
+        spans = [self.dilation * (size - 1) for size in weight.shape[-2:]]
+        odd = any(span % 2 for span in spans)
+        top, left = spans[0] // 2, spans[1] // 2
+        padding = [0, 0] if odd else [top, left]
+        if odd:
+            x = channels_last(torch.nn.functional.pad(x, (left, spans[1] - left, top, spans[0] - top)))
+        d_x, d_weight, _ = torch.ops.aten.convolution_backward(
+            grad, x, weight, None, [1, 1], padding, [self.dilation] * 2, False, [0, 0], 1, [need_x, need_weight, False]
+        )
+        if need_x and odd:
+            d_x = d_x[..., top : top + self.height, left : left + self.width]
+        return channels_last(d_x) if need_x else empty, d_weight if need_weight else empty
+
+
+def channels_last(tensor: Tensor) -> Tensor:
+    """(B, C, H, W) with the channels of a pixel side by side; the tensor itself where they are."""
+    return tensor.contiguous(memory_format=torch.channels_last)
+
+
+# Kernels: the layer in Python over the convolutions of torch and the native gates, on the devices that have those
+
+
+def _native(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    hidden: Tensor | None,
+    cell: Tensor | None,
+    peephole: Tensor | None,
+    steps: int,
+    dilation: int,
+    memory: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
+    with torch.autocast(x.device.type, enabled=False):
+        return _Layer(x, weight, bias, hidden, cell, peephole, steps, dilation).forward(memory)
+
+
+def _native_backward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    hidden: Tensor | None,
+    cell: Tensor | None,
+    peephole: Tensor | None,
+    steps: int,
+    dilation: int,
+    *gradients: Any,
+) -> list[Tensor]:
+    with torch.autocast(x.device.type, enabled=False):
+        return _Layer(x, weight, bias, hidden, cell, peephole, steps, dilation).backward(*gradients)
+
+
+for device in ("CPU", "CUDA"):
+    if backend.has_native("convlstm", device.lower()):
+        _library.impl("convlstm", _native, device)
+        _library.impl("convlstm_backward", _native_backward, device)
+torch.library.register_fake("fastris::convlstm", _native, lib=_library)
+torch.library.register_fake("fastris::convlstm_backward", _native_backward, lib=_library)
+
+# Autograd
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+    tensors, (ctx.steps, ctx.dilation, _) = inputs[:6], inputs[6:]
+    outputs, _, _, cells, kept = output
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(cells, *kept)
+    ctx.save_for_backward(*tensors, outputs, cells, *kept)
+
+
+def _gradients(
+    ctx: Any, d_outputs: Tensor | None, d_hidden: Tensor | None, d_cell: Tensor | None, *unused: Any
+) -> tuple[Tensor | None, ...]:
+    saved = ctx.saved_tensors
+    tensors, outputs, cells, kept = saved[:6], saved[6], saved[7], list(saved[8:])
+    needed = list(ctx.needs_input_grad[:6])
+    found = torch.ops.fastris.convlstm_backward(
+        *tensors, ctx.steps, ctx.dilation, outputs, cells, kept, d_outputs, d_hidden, d_cell, needed
+    )
+    return (*(grad if wanted else None for grad, wanted in zip(found, needed, strict=True)), None, None, None)
+
+
+def _no_second_gradients(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
+    raise RuntimeError("convlstm: the native operator has no second derivatives; use_backend('reference') has")
+
+
+torch.library.register_autograd("fastris::convlstm", _gradients, setup_context=_setup_context, lib=_library)
+torch.library.register_autograd("fastris::convlstm_backward", _no_second_gradients, lib=_library)
+
+# The door
 
 
 def convlstm(
@@ -17,25 +306,78 @@ def convlstm(
     *,
     peephole: Tensor | None = None,
     dilation: int = 1,
+    memory: str = "balanced",
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Run a ConvLSTM layer; shapes, dtypes and results as in :func:`fastris.reference.convlstm`.
 
+    The results are channels_last. Under autocast all but the cell is cast to the autocast dtype.
+
+    Args:
+        memory: what backward needs is kept ("save"), or computed again to save memory, for the first third of the steps
+            ("balanced") or for all ("recompute"), which takes one more convolution for each.
+
     Raises:
-        ValueError: shapes that do not fit; the message names the argument.
+        TypeError: no tensors.
+        ValueError: shapes, dtypes or devices that do not fit, or an unknown ``memory``; the message names the argument.
     """
-    if x.dim() not in (4, 5):
-        raise ValueError(f"convlstm: x must be (T, B, Cin, H, W) or (B, Cin, H, W), got {tuple(x.shape)}")
-    if weight.dim() != 4 or weight.shape[0] % 4:
-        raise ValueError(f"convlstm: weight must be (4C, Cin + C, kh, kw), got {tuple(weight.shape)}")
+    if not isinstance(x, Tensor) or x.dim() not in (4, 5) or not x.is_floating_point():
+        raise _wrong("x", "floating (T, B, Cin, H, W) or (B, Cin, H, W)", x)
+    if not isinstance(weight, Tensor) or weight.dim() != 4 or weight.shape[0] % 4 or 0 in weight.shape[2:]:
+        raise _wrong("weight", "(4C, Cin + C, kh, kw)", weight)
     if (x.dim() == 4) != (steps is not None):
         raise ValueError("convlstm: steps goes with a constant x of shape (B, Cin, H, W), and is needed there")
+    if steps is not None and (not isinstance(steps, int) or steps < 0):
+        raise ValueError(f"convlstm: steps must be an integer from 0, got {steps!r}")
+    if not isinstance(dilation, int) or dilation < 1:
+        raise ValueError(f"convlstm: dilation must be an integer from 1, got {dilation!r}")
+    if memory not in ("save", "balanced", "recompute"):
+        raise ValueError(f"convlstm: memory must be 'save', 'balanced' or 'recompute', got {memory!r}")
     channels = weight.shape[0] // 4
     if weight.shape[1] != x.shape[-3] + channels:
         raise ValueError(
             f"convlstm: weight must have {x.shape[-3]} + {channels} input channels for this x, got {weight.shape[1]}"
         )
     state = (x.shape[-4], channels, *x.shape[-2:])
-    for name, value in (("hidden", hidden), ("cell", cell)):
-        if value is not None and tuple(value.shape) != state:
-            raise ValueError(f"convlstm: {name} must be {state}, got {tuple(value.shape)}")
-    return reference.convlstm(x, weight, bias, hidden, cell, steps, peephole=peephole, dilation=dilation)
+    optional = {"bias": (4 * channels,), "hidden": state, "cell": state, "peephole": (3 * channels,)}
+    given = {"weight": weight, "bias": bias, "hidden": hidden, "cell": cell, "peephole": peephole}
+    for name, value in given.items():
+        if value is None:
+            continue
+        if not isinstance(value, Tensor) or (name in optional and tuple(value.shape) != optional[name]):
+            raise _wrong(name, f"{optional.get(name)}", value)
+        if value.device != x.device:
+            raise ValueError(f"convlstm: {name} must be on {x.device} like x, got {value.device}")
+    device = x.device.type
+    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device)
+        x, weight = x.to(dtype), weight.to(dtype)
+        bias, hidden = (None if one is None else one.to(dtype) for one in (bias, hidden))
+    for name, value in (("weight", weight), ("bias", bias), ("hidden", hidden)):
+        if value is not None and value.dtype != x.dtype:
+            raise ValueError(f"convlstm: {name} must be {x.dtype} like x, got {value.dtype}")
+    if cell is not None and cell.dtype not in (x.dtype, torch.promote_types(x.dtype, torch.float32)):
+        raise ValueError(f"convlstm: cell must be {x.dtype} like x or float32, got {cell.dtype}")
+    if not backend.runs_native("convlstm", device):
+        with torch.autocast(device, enabled=False):
+            return reference.convlstm(x, weight, bias, hidden, cell, steps, peephole=peephole, dilation=dilation)
+    differentiated = torch.is_grad_enabled() and any(
+        one is not None and one.requires_grad for one in (x, weight, bias, hidden, cell, peephole)
+    )
+    outputs, last_hidden, last_cell, _, _ = torch.ops.fastris.convlstm(
+        x,
+        weight,
+        bias,
+        hidden,
+        cell,
+        peephole,
+        x.shape[0] if steps is None else steps,
+        dilation,
+        memory if differentiated else "none",
+    )
+    return outputs, last_hidden, last_cell
+
+
+def _wrong(name: str, expected: str, value: object) -> Exception:
+    if not isinstance(value, Tensor):
+        return TypeError(f"convlstm: {name} must be a tensor, {expected}, got {type(value).__name__}")
+    return ValueError(f"convlstm: {name} must be {expected}, got {describe(value)}")

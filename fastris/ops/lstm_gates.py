@@ -182,6 +182,12 @@ def _fake_backward(
     return d_gates, torch.empty_like(cell_prev, memory_format=layout), d_bias, d_peephole
 
 
+def _fake_out(*arguments: Any) -> None:
+    return None
+
+
+torch.library.register_fake("fastris::lstm_gates_out", _fake_out, lib=_library)
+torch.library.register_fake("fastris::lstm_gates_backward_out", _fake_out, lib=_library)
 torch.library.register_fake("fastris::lstm_gates", _fake, lib=_library)
 torch.library.register_fake("fastris::lstm_gates_backward", _fake_backward, lib=_library)
 

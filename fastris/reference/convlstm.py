@@ -29,7 +29,8 @@ def convlstm(
         weight: (4C, Cin + C, kh, kw), gate order i, f, o, g; odd kernels keep H and W, and an even kernel
             is padded by one more at the bottom and right.
         bias: optional (4C,).
-        hidden, cell: optional initial state, (B, C, H, W) each; zero where not given.
+        hidden, cell: optional initial state, (B, C, H, W) each; zero where not given, the cell in fp32 beside bf16 and
+            fp16.
         steps: T, for an ``x`` of four dimensions.
         peephole: optional (3C,), see :func:`fastris.reference.lstm_gates`.
         dilation: pixels between the taps of the kernel.
@@ -47,7 +48,7 @@ def convlstm(
     batch, _, height, width = sequence[0].shape if sequence else x.shape[1:]
     state_shape = (batch, channels, height, width)
     hidden = x.new_zeros(state_shape) if hidden is None else hidden
-    cell = x.new_zeros(state_shape) if cell is None else cell
+    cell = x.new_zeros(state_shape, dtype=torch.promote_types(x.dtype, torch.float32)) if cell is None else cell
     outputs = []
     for x_t in sequence:
         gates = conv2d_same(torch.cat([x_t, hidden], dim=1), weight, dilation=dilation)
