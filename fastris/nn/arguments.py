@@ -73,5 +73,6 @@ def check_state(owner: str, name: str, value: Any, shape: tuple[int, ...], like:
 def _check_kind(what: str, tensor: Tensor, device: torch.device, dtypes: tuple[torch.dtype, ...], like: str) -> None:
     if tensor.device != device:
         raise ValueError(f"{what} must be on {device} like {like}, got {tensor.device}")
-    if tensor.dtype not in dtypes and not torch.is_autocast_enabled(device.type):
+    autocast = torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+    if tensor.dtype not in dtypes and not autocast:
         raise ValueError(f"{what} must be {str(dtypes[0]).removeprefix('torch.')} like {like}, got {describe(tensor)}")

@@ -232,6 +232,11 @@ def test_a_wrong_call_is_named(arguments, error, message):
         ConvLSTM(2, 3, 3, 1)(**{"input_tensor": SEQUENCE, **arguments})
 
 
+def test_a_wrong_dtype_is_named_on_a_device_without_autocast():
+    with pytest.raises(ValueError, match="input_tensor must be float32 like the parameters, got float64"):
+        ConvLSTM(2, 3, 3, 1).to("meta")(SEQUENCE.double().to("meta"))
+
+
 def test_the_error_of_batch_first_and_of_the_cell_name_their_shapes():
     with pytest.raises(ValueError, match=r"ConvLSTM: input_tensor must be \(B, T, 2, H, W\)"):
         ConvLSTM(2, 3, 3, 1, batch_first=True)(SEQUENCE[:, :, :1])
