@@ -130,7 +130,8 @@ class RecurrentInstanceSegmenter(nn.Module):
     def _encode(self, images: Tensor) -> _Context:
         images = standardize(images)
         pad_h, pad_w = (-size % BACKBONE_STRIDE for size in images.shape[-2:])
-        features, detail = self.backbone(F.pad(images, (0, pad_w, 0, pad_h)))
+        images = F.pad(images, (0, pad_w, 0, pad_h)).contiguous(memory_format=torch.channels_last)
+        features, detail = self.backbone(images)
         cell = self.cells[0]
         hoisted = conv2d_same(features, cell.conv.weight[:, : features.shape[1]], cell.conv.bias)
         if isinstance(self.mask_head, DynamicMaskHead):
