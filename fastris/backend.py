@@ -17,6 +17,7 @@ NATIVE_OPERATORS: dict[str, frozenset[str]] = {
     "assignment": frozenset({"cpu", "cuda"}),
     "lstm_gates": frozenset({"cpu", "cuda"}),
     "convlstm": frozenset({"cpu", "cuda"}),
+    "conv2d_same": frozenset({"cpu"}),
     "soft_iou": frozenset({"cpu", "cuda"}),
 }
 """Every operator, with the device types that there is a native kernel for when all is built and installed."""

@@ -48,8 +48,8 @@ def test_the_environment_sets_the_backend() -> None:
 
 def test_native_raises_for_an_operator_without_a_kernel() -> None:
     if backend.native_error() is None:
-        with fastris.use_backend("native"), pytest.raises(RuntimeError, match="convlstm: no native kernel on cpu"):
-            backend.runs_native("convlstm", "cpu")
+        with fastris.use_backend("native"), pytest.raises(RuntimeError, match="convlstm: no native kernel on mps"):
+            backend.runs_native("convlstm", "mps")
     else:
         with pytest.raises(RuntimeError, match="not loaded"), fastris.use_backend("native"):
             pass

@@ -4,11 +4,10 @@
 #pragma once
 
 #include "../stable_abi.h"
+#include "aligned.h"
 #include "simd.h"
 
 #include <algorithm>
-#include <memory>
-#include <new>
 #include <type_traits>
 
 namespace fastris {
@@ -24,24 +23,8 @@ constexpr int64_t kGroup = 64;
 inline int64_t end_of_group(int64_t n) { return (n + kGroup - 1) / kGroup * kGroup; }
 
 // A row of a tile ends with one line of padding, because rows 1 KiB apart would share a few sets of the cache.
-constexpr int64_t kCacheLine = 64;
 template <typename T>
 constexpr int64_t kTileRow = kTile + kCacheLine / static_cast<int64_t>(sizeof(T));
-
-template <typename T>
-struct FreeAligned {
-  void operator()(T* lanes) const { ::operator delete[](lanes, std::align_val_t(kCacheLine)); }
-};
-
-template <typename T>
-using Lanes = std::unique_ptr<T[], FreeAligned<T>>;
-
-// Uninitialised memory that starts on a cache line.
-template <typename T>
-Lanes<T> new_lanes(int64_t count) {
-  const size_t bytes = static_cast<size_t>(std::max<int64_t>(count, 1)) * sizeof(T);
-  return Lanes<T>(static_cast<T*>(::operator new[](bytes, std::align_val_t(kCacheLine))));
-}
 
 // How an image is cut for the threads, whose number never matters: the sums are the same with any.
 struct Chunks {

@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastris.nn.arguments import check_input, check_state, positive_int
+from fastris.ops.conv2d_same import conv2d_same
 from fastris.ops.lstm_gates import lstm_gates
-from fastris.reference.convlstm import conv2d_same
 
 __all__ = ["ConvLSTMCell"]
 

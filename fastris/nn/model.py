@@ -18,8 +18,8 @@ from fastris.nn.backbone import SmallFCN
 from fastris.nn.config import ModelConfig
 from fastris.nn.convlstm import ConvLSTMCell, State
 from fastris.nn.heads import ConfidenceHead, DynamicMaskHead, SpatialInhibition
+from fastris.ops.conv2d_same import conv2d_same
 from fastris.ops.lstm_gates import lstm_gates
-from fastris.reference.convlstm import conv2d_same
 
 BACKBONE_STRIDE = 16
 

@@ -16,11 +16,11 @@ from torch import Tensor
 
 from fastris import backend, reference
 from fastris.ops.arguments import describe
+from fastris.ops.conv2d_same import SameConvolution, channels_last
 from fastris.ops.lstm_gates import compute_dtype, peephole_gradient
-from fastris.reference.convlstm import conv2d_same
 
 RECOMPUTED = {"save": 0.0, "balanced": 0.35, "recompute": 1.0, "none": 1.0}
-"""Share of the steps whose pre-activations are computed again. With "none" the cells are not kept either: no backward."""
+"""Share of the steps whose pre-activations are computed again. With "none" the cells go too: there is no backward."""
 
 # Schema. For backward alone: cells are those of every step, and kept the pre-activations of the last steps, after the
 # hoisted part where x is constant. The gradients asked for by `needed`, in the order x, weight, bias, hidden, cell,
@@ -32,8 +32,8 @@ _library.define(
     " int dilation, str memory) -> (Tensor outputs, Tensor last_hidden, Tensor last_cell, Tensor cells, Tensor[] kept)"
 )
 _library.define(
-    "convlstm_backward(Tensor x, Tensor weight, Tensor? bias, Tensor? hidden, Tensor? cell, Tensor? peephole, int steps,"
-    " int dilation, Tensor outputs, Tensor cells, Tensor[] kept, Tensor? d_outputs, Tensor? d_hidden, Tensor? d_cell,"
+    "convlstm_backward(Tensor x, Tensor weight, Tensor? bias, Tensor? hidden, Tensor? cell, Tensor? peephole,"
+    " int steps, int dilation, Tensor outputs, Tensor cells, Tensor[] kept, Tensor? d_outputs, Tensor? d_hidden, Tensor? d_cell,"
     " bool[] needed) -> Tensor[]"
 )
 
@@ -58,7 +58,8 @@ class _Layer:
         self.batch, self.height, self.width = x.shape[-4], *x.shape[-2:]
         self.x = channels_last(x) if self.constant else x
         self.weight = weight
-        self.weight_x, self.weight_h = (channels_last(one) for one in weight.split([self.inputs, self.channels], 1))
+        self.of_both = SameConvolution(weight, dilation)
+        self.of_x, self.of_h = (SameConvolution(one, dilation) for one in weight.split([self.inputs, self.channels], 1))
         self.bias = bias
         self.hidden = None if hidden is None else channels_last(hidden)
         self.cell = None if cell is None else channels_last(cell)
@@ -66,17 +67,12 @@ class _Layer:
         self.cell_dtype = cell.dtype if cell is not None else torch.promote_types(x.dtype, torch.float32)
         self._hoisted: Tensor | None = None
 
-        self.weight_all = weight if self.constant else channels_last(weight)
-
     @property
     def hoisted(self) -> Tensor:
         """The part of the pre-activations that is the same at every step of a constant x."""
         if self._hoisted is None:
-            self._hoisted = self.convolve(self.x, self.weight_x, self.bias)
+            self._hoisted = self.of_x.forward(self.x, self.bias)
         return self._hoisted
-
-    def convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        return channels_last(conv2d_same(x, weight, bias, self.dilation))
 
     def kept_steps(self, memory: str) -> range:
         """The steps whose pre-activations are kept. What step 0 of a constant x computes is the hoisted part itself."""
@@ -97,8 +93,8 @@ class _Layer:
         if moving is None:
             return self.hoisted, None
         if self.constant:
-            return self.convolve(moving, self.weight_h), self.hoisted
-        return self.convolve(moving, self.weight_x if previous is None else self.weight_all, self.bias), None
+            return self.of_h.forward(moving), self.hoisted
+        return (self.of_x if previous is None else self.of_both).forward(moving, self.bias), None
 
     def states(self, dtype: torch.dtype, count: int) -> Tensor:
         """Room for (count, B, C, H, W), each channels_last."""
@@ -168,9 +164,9 @@ class _Layer:
             d_h = None
             moving = self.moving(t, before[0])
             if moving is not None:
-                weight = self.weight_h if self.constant else self.weight_all if before[0] is not None else self.weight_x
+                convolution = self.of_h if self.constant else self.of_both if before[0] is not None else self.of_x
                 wanted = t > 0 or need_hidden or (need_x and not self.constant), need_weight
-                d_moving, d_moving_weight = self.convolve_backward(d_gates, moving, weight, *wanted)
+                d_moving, d_moving_weight = convolution.backward(d_gates, moving, *wanted)
                 if need_weight:
                     into = d_weight_h if self.constant else d_weight if before[0] is not None else d_weight_x
                     into += d_moving_weight
@@ -184,9 +180,7 @@ class _Layer:
                 elif wanted[0]:
                     d_h = d_moving
         if d_sum is not None:
-            d_x, d_weight_once = self.convolve_backward(
-                d_sum.to(self.x.dtype), self.x, self.weight_x, need_x, need_weight
-            )
+            d_x, d_weight_once = self.of_x.backward(d_sum.to(self.x.dtype), self.x, need_x, need_weight)
             if need_weight:
                 d_weight_x += d_weight_once
             d_bias = d_sum.sum((0, 2, 3))
@@ -196,31 +190,6 @@ class _Layer:
             grad.to(one.dtype) if wanted and grad is not None and one is not None else self.x.new_empty(0)
             for grad, one, wanted in zip(found, like, needed, strict=True)
         ]
-
-    def convolve_backward(
-        self, grad: Tensor, x: Tensor, weight: Tensor, need_x: bool, need_weight: bool
-    ) -> tuple[Tensor, Tensor]:
-        """Gradients of x and of the weight of :meth:`convolve`; those not needed are empty."""
-        empty = grad.new_empty(0)
-        if not (need_x or need_weight):
-            return empty, empty
-        spans = [self.dilation * (size - 1) for size in weight.shape[-2:]]
-        odd = any(span % 2 for span in spans)
-        top, left = spans[0] // 2, spans[1] // 2
-        padding = [0, 0] if odd else [top, left]
-        if odd:
-            x = channels_last(torch.nn.functional.pad(x, (left, spans[1] - left, top, spans[0] - top)))
-        d_x, d_weight, _ = torch.ops.aten.convolution_backward(
-            grad, x, weight, None, [1, 1], padding, [self.dilation] * 2, False, [0, 0], 1, [need_x, need_weight, False]
-        )
-        if need_x and odd:
-            d_x = d_x[..., top : top + self.height, left : left + self.width]
-        return channels_last(d_x) if need_x else empty, d_weight if need_weight else empty
-
-
-def channels_last(tensor: Tensor) -> Tensor:
-    """(B, C, H, W) with the channels of a pixel side by side; the tensor itself where they are."""
-    return tensor.contiguous(memory_format=torch.channels_last)
 
 
 # Kernels: the layer in Python over the convolutions of torch and the native gates, on the devices that have those
@@ -267,7 +236,7 @@ torch.library.register_fake("fastris::convlstm_backward", _native_backward, lib=
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-    tensors, (ctx.steps, ctx.dilation, _) = inputs[:6], inputs[6:]
+    tensors, (ctx.steps, ctx.dilation, ctx.memory) = inputs[:6], inputs[6:]
     outputs, _, _, cells, kept = output
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(cells, *kept)
@@ -278,6 +247,8 @@ def _gradients(
     ctx: Any, d_outputs: Tensor | None, d_hidden: Tensor | None, d_cell: Tensor | None, *unused: Any
 ) -> tuple[Tensor | None, ...]:
     saved = ctx.saved_tensors
+    if ctx.memory == "none":
+        raise RuntimeError("convlstm: with memory 'none' nothing is kept for backward")
     tensors, outputs, cells, kept = saved[:6], saved[6], saved[7], list(saved[8:])
     needed = list(ctx.needs_input_grad[:6])
     found = torch.ops.fastris.convlstm_backward(

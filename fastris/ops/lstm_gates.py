@@ -14,8 +14,8 @@ from fastris import backend, reference
 from fastris.ops.arguments import describe
 from fastris.reference.lstm_gates import lstm_gates_backward
 
-# Schema. The gradients of a bias and of peepholes are empty where there are none. The `_out` operators write into memory that the caller has: they serve the sequence, which uses the same memory
-# at every step. There cell_prev may be None (zeros), d_gates may be gates, d_cell_prev may be d_cell, and d_sum, in the
+# Schema. The gradients of a bias and of peepholes are empty where there are none. The `_out` operators write into
+# memory that the caller has: they serve the sequence, which uses the same memory at every step. There cell_prev may be None (zeros), d_gates may be gates, d_cell_prev may be d_cell, and d_sum, in the
 # dtype computed with, has d_gates added to it. All their tensors are dense and in one layout, bias and peephole in the
 # dtype computed with.
 
@@ -149,6 +149,7 @@ if backend.TRITON_FOUND:
     _library.impl("lstm_gates_backward", _native_backward, "CUDA")
     _library.impl("lstm_gates_out", _cuda_out, "CUDA")
     _library.impl("lstm_gates_backward_out", _cuda_backward_out, "CUDA")
+
 
 def peephole_gradient(d_gates: Tensor, cell_prev: Tensor, cell: Tensor) -> Tensor:
     """(3C,) from the gradient of the pre-activations, (B, 4C, H, W), and the cells that i and f, and o, have seen."""

@@ -1,8 +1,8 @@
 """Pure PyTorch (and SciPy) twins of every operator: the definition of truth, exact in fp64."""
 
 from fastris.reference.assignment import assignment
-from fastris.reference.convlstm import convlstm
+from fastris.reference.convlstm import conv2d_same, convlstm
 from fastris.reference.lstm_gates import lstm_gates
 from fastris.reference.soft_iou import soft_iou
 
-__all__ = ["assignment", "convlstm", "lstm_gates", "soft_iou"]
+__all__ = ["assignment", "conv2d_same", "convlstm", "lstm_gates", "soft_iou"]

@@ -65,8 +65,8 @@ def lstm_gates_backward(
         d_hidden, d_cell: (B, C, H, W) gradients of its results; None is zero.
 
     Returns:
-        ``(d_gates, d_cell_prev, d_bias, d_peephole)`` in the shapes and dtypes of the arguments; d_gates is also that of
-        ``addend``, and the last two are empty where there is no bias and no peephole.
+        ``(d_gates, d_cell_prev, d_bias, d_peephole)`` in the shapes and dtypes of the arguments; d_gates is also that
+        of ``addend``, and the last two are empty where there is no bias and no peephole.
     """
     compute = torch.float64 if gates.dtype == torch.float64 else torch.float32
     total = gates.to(compute)

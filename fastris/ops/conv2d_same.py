@@ -1,0 +1,196 @@
+"""``conv2d_same``: the convolution of a ConvLSTM, ``torch.ops.fastris.conv2d_same``.
+
+B = batch. Stride 1, H and W kept. On the CPU a 3×3 convolution in fp32 goes by Winograd's minimal filtering, with 16
+products where there were 36 (csrc/cpu/winograd.cpp), and all others, as those of CUDA, to torch's own libraries. All
+results are channels_last.
+"""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fastris import backend, reference
+
+LEAST_CHANNELS = 8
+"""Fewer than this on either side are no work for matrix products."""
+
+# Schema. The weight of `winograd_convolve_out` is what `winograd_weight` makes of a (out, in, 3, 3) weight, `turned`
+# for the gradient of the input.
+
+_library = torch.library.Library("fastris", "FRAGMENT")
+_library.define("conv2d_same(Tensor x, Tensor weight, Tensor? bias, int dilation) -> Tensor")
+_library.define(
+    "conv2d_same_backward(Tensor grad, Tensor x, Tensor weight, int dilation, bool need_x, bool need_weight)"
+    " -> (Tensor d_x, Tensor d_weight)"
+)
+_library.define("winograd_weight(Tensor weight, bool turned) -> Tensor")
+_library.define("winograd_convolve_out(Tensor x, Tensor weight, Tensor? bias, Tensor(a!) y) -> ()")
+_library.define("winograd_weight_gradient(Tensor x, Tensor grad) -> Tensor")
+
+
+class SameConvolution:
+    """One weight (out, in, kh, kw) for several calls, which transform it once; all below autograd."""
+
+    def __init__(self, weight: Tensor, dilation: int = 1) -> None:
+        self.weight, self.dilation = weight, dilation
+        self.spans = [dilation * (size - 1) for size in weight.shape[-2:]]
+        self.by_winograd = (
+            backend.has_native("conv2d_same", weight.device.type)
+            and weight.dtype == torch.float32
+            and tuple(weight.shape[2:]) == (3, 3)
+            and dilation == 1
+            and min(weight.shape[:2]) >= LEAST_CHANNELS
+        )
+
+    @cached_property
+    def transformed(self) -> Tensor:
+        return torch.ops.fastris.winograd_weight(self.weight, False)
+
+    @cached_property
+    def turned(self) -> Tensor:
+        return torch.ops.fastris.winograd_weight(self.weight, True)
+
+    @cached_property
+    def channels_last(self) -> Tensor:
+        return channels_last(self.weight)
+
+    def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """(B, in, H, W) → (B, out, H, W)."""
+        x = channels_last(x)
+        if not self.by_winograd:
+            return channels_last(reference.conv2d_same(x, self.channels_last, bias, self.dilation))
+        y = self.room(x, self.weight.shape[0])
+        torch.ops.fastris.winograd_convolve_out(x, self.transformed, bias, y)
+        return y
+
+    def backward(self, grad: Tensor, x: Tensor, need_x: bool, need_weight: bool) -> tuple[Tensor, Tensor]:
+        """Gradients of x and of the weight; those not needed are empty."""
+        grad, x = channels_last(grad), channels_last(x)
+        empty = grad.new_empty(0)
+        if not (need_x or need_weight):
+            return empty, empty
+        if not self.by_winograd:
+            return self._backward_by_torch(grad, x, need_x, need_weight)
+        d_x = self.room(x, x.shape[1]) if need_x else empty
+        if need_x:
+            torch.ops.fastris.winograd_convolve_out(grad, self.turned, None, d_x)
+        return d_x, torch.ops.fastris.winograd_weight_gradient(x, grad) if need_weight else empty
+
+    def _backward_by_torch(self, grad: Tensor, x: Tensor, need_x: bool, need_weight: bool) -> tuple[Tensor, Tensor]:
+        (top, left), (height, width) = (span // 2 for span in self.spans), x.shape[-2:]
+        uneven = any(span % 2 for span in self.spans)
+        if uneven:
+            x = channels_last(F.pad(x, (left, self.spans[1] - left, top, self.spans[0] - top)))
+        d_x, d_weight, _ = torch.ops.aten.convolution_backward(
+            grad,
+            x,
+            self.channels_last,
+            None,
+            [1, 1],
+            [0, 0] if uneven else [top, left],
+            [self.dilation] * 2,
+            False,
+            [0, 0],
+            1,
+            [need_x, need_weight, False],
+        )
+        empty = grad.new_empty(0)
+        if need_x and uneven:
+            d_x = d_x[..., top : top + height, left : left + width]
+        return channels_last(d_x) if need_x else empty, d_weight if need_weight else empty
+
+    @staticmethod
+    def room(x: Tensor, channels: int) -> Tensor:
+        """Memory for (B, channels, H, W), channels_last."""
+        batch, _, height, width = x.shape
+        return x.new_empty(batch, height, width, channels).permute(0, 3, 1, 2)
+
+
+def channels_last(tensor: Tensor) -> Tensor:
+    """(B, C, H, W) with the channels of a pixel side by side; the tensor itself where they are."""
+    return tensor.contiguous(memory_format=torch.channels_last)
+
+
+# Kernels
+
+
+def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, dilation: int) -> Tensor:
+    return SameConvolution(weight, dilation).forward(x, bias)
+
+
+def _backward(
+    grad: Tensor, x: Tensor, weight: Tensor, dilation: int, need_x: bool, need_weight: bool
+) -> tuple[Tensor, Tensor]:
+    return SameConvolution(weight, dilation).backward(grad, x, need_x, need_weight)
+
+
+_library.impl("conv2d_same", _forward, "CompositeExplicitAutograd")
+_library.impl("conv2d_same_backward", _backward, "CompositeExplicitAutograd")
+
+# Fake kernels
+
+
+def _fake_weight(weight: Tensor, turned: bool) -> Tensor:
+    out, inputs = (weight.shape[1], weight.shape[0]) if turned else weight.shape[:2]
+    return weight.new_empty(4, 4, inputs, (out + 15) // 16 * 16)
+
+
+def _fake_convolve_out(x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor) -> None:
+    return None
+
+
+def _fake_weight_gradient(x: Tensor, grad: Tensor) -> Tensor:
+    return x.new_empty(grad.shape[1], x.shape[1], 3, 3)
+
+
+torch.library.register_fake("fastris::conv2d_same", _forward, lib=_library)
+torch.library.register_fake("fastris::conv2d_same_backward", _backward, lib=_library)
+torch.library.register_fake("fastris::winograd_weight", _fake_weight, lib=_library)
+torch.library.register_fake("fastris::winograd_convolve_out", _fake_convolve_out, lib=_library)
+torch.library.register_fake("fastris::winograd_weight_gradient", _fake_weight_gradient, lib=_library)
+
+# Autograd
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, weight, bias, ctx.dilation = inputs
+    ctx.save_for_backward(x, weight)
+
+
+def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    x, weight = ctx.saved_tensors
+    need_x, need_weight, need_bias = ctx.needs_input_grad[:3]
+    d_x, d_weight = torch.ops.fastris.conv2d_same_backward(grad, x, weight, ctx.dilation, need_x, need_weight)
+    d_bias = grad.sum((0, 2, 3)) if need_bias else None
+    return d_x if need_x else None, d_weight if need_weight else None, d_bias, None
+
+
+def _no_second_gradients(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
+    raise RuntimeError("conv2d_same: the native operator has no second derivatives; use_backend('reference') has")
+
+
+torch.library.register_autograd("fastris::conv2d_same", _gradients, setup_context=_setup_context, lib=_library)
+torch.library.register_autograd("fastris::conv2d_same_backward", _no_second_gradients, lib=_library)
+
+# The door
+
+
+def conv2d_same(x: Tensor, weight: Tensor, bias: Tensor | None = None, dilation: int = 1) -> Tensor:
+    """Convolve as :func:`fastris.reference.conv2d_same`, the quickest way there is for the device and dtype.
+
+    Args:
+        x: (B, in, H, W).
+        weight: (out, in, kh, kw).
+        bias: optional (out,).
+        dilation: pixels between the taps of the kernel.
+    """
+    device = x.device.type
+    native = backend.active_backend() != "reference" and backend.has_native("conv2d_same", device)
+    if not native or x.dtype != torch.float32 or torch.is_autocast_enabled(device):
+        return reference.conv2d_same(x, weight, bias, dilation)
+    return torch.ops.fastris.conv2d_same(x, weight, bias, dilation)
