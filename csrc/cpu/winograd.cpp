@@ -22,6 +22,7 @@ namespace {
 
 constexpr int64_t kPlaces = 16;
 constexpr int64_t kRows = 6;  // of a matrix product that are computed together
+constexpr int64_t kLongestSum = 64;
 constexpr int64_t kStrip = 4 * kRows;  // tiles at a time: their places stay in the second level of cache
 constexpr int64_t kGradientStrip = 8 * kRows;  // more for the weight, whose gradient is read and written once a strip
 constexpr int64_t kGradientParts = 4;  // sums of their own, whatever the number of threads
@@ -198,25 +199,40 @@ FASTRIS_INLINE void multiply_block(
   }
 }
 
-// c[rows × n] (+)= a · b with n whole vectors, rows whole blocks; b is [depth × n].
+template <int Bytes, int Most, bool Add>
+FASTRIS_INLINE void multiply_block_of(
+    int64_t vectors, int64_t depth, const float* a, int64_t a_row, int64_t a_step, const float* b, int64_t n, float* c) {
+  switch (vectors) {
+    case 4: return multiply_block<Bytes, Most == 4 ? 4 : 1, Add>(depth, a, a_row, a_step, b, n, c);
+    case 3: return multiply_block<Bytes, Most == 4 ? 3 : 1, Add>(depth, a, a_row, a_step, b, n, c);
+    case 2: return multiply_block<Bytes, 2, Add>(depth, a, a_row, a_step, b, n, c);
+    default: return multiply_block<Bytes, 1, Add>(depth, a, a_row, a_step, b, n, c);
+  }
+}
+
+// c[rows × n] (+)= a · b with n whole vectors, rows whole blocks; b is [depth × n]. Long sums are made of shorter ones,
+// which lose fewer digits.
 template <int Bytes, bool Add>
 FASTRIS_INLINE void multiply(
     int64_t rows, int64_t n, int64_t depth, const float* a, int64_t a_row, int64_t a_step, const float* b, float* c) {
   constexpr int lanes = VectorOf<float, Bytes>::lanes;
   constexpr int most = Bytes == 64 ? 4 : 2;  // as many vectors as there are registers for
-  for (int64_t j = 0; j < n;) {
-    const int64_t vectors = std::min<int64_t>(most, (n - j) / lanes);
-    for (int64_t i = 0; i < rows; i += kRows) {
-      const float* left = a + i * a_row;
-      float* to = c + i * n + j;
-      switch (vectors) {
-        case 4: multiply_block<Bytes, most == 4 ? 4 : 1, Add>(depth, left, a_row, a_step, b + j, n, to); break;
-        case 3: multiply_block<Bytes, most == 4 ? 3 : 1, Add>(depth, left, a_row, a_step, b + j, n, to); break;
-        case 2: multiply_block<Bytes, 2, Add>(depth, left, a_row, a_step, b + j, n, to); break;
-        default: multiply_block<Bytes, 1, Add>(depth, left, a_row, a_step, b + j, n, to);
+  for (int64_t k = 0; k < depth; k += kLongestSum) {
+    const int64_t some = std::min(kLongestSum, depth - k);
+    const float* right = b + k * n;
+    for (int64_t j = 0; j < n;) {
+      const int64_t vectors = std::min<int64_t>(most, (n - j) / lanes);
+      for (int64_t i = 0; i < rows; i += kRows) {
+        const float* left = a + i * a_row + k * a_step;
+        float* to = c + i * n + j;
+        if (Add || k > 0) {
+          multiply_block_of<Bytes, most, true>(vectors, some, left, a_row, a_step, right + j, n, to);
+        } else {
+          multiply_block_of<Bytes, most, false>(vectors, some, left, a_row, a_step, right + j, n, to);
+        }
       }
+      j += vectors * lanes;
     }
-    j += vectors * lanes;
   }
 }
 
@@ -286,8 +302,8 @@ void check(const Tensor& x, const char* name) {
       x.dim() == 4 && x.scalar_type() == ScalarType::Float, "winograd: ", name, " must be float32 (B,C,H,W)");
   const int64_t C = x.size(1), W = x.size(3);
   FASTRIS_CHECK(
-      (x.size(1) == 1 || x.stride(1) == 1) && (W == 1 || x.stride(3) == C) && (x.size(2) == 1 || x.stride(2) == W * C) &&
-          (x.size(0) == 1 || x.stride(0) == x.size(2) * W * C),
+      x.numel() == 0 || ((x.size(1) == 1 || x.stride(1) == 1) && (W == 1 || x.stride(3) == C) && (x.size(2) == 1 || x.stride(2) == W * C) &&
+          (x.size(0) == 1 || x.stride(0) == x.size(2) * W * C)),
       "winograd: ", name, " must be channels_last");
 }
 

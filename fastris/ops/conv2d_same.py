@@ -18,6 +18,8 @@ from fastris import backend, reference
 
 LEAST_CHANNELS = 8
 """Fewer than this on either side are no work for matrix products."""
+LEAST_SIDE = 8
+"""On smaller maps much of a tile is padding, which costs time and digits."""
 
 # Schema. The weight of `winograd_convolve_out` is what `winograd_weight` makes of a (out, in, 3, 3) weight, `turned`
 # for the gradient of the input.
@@ -39,13 +41,16 @@ class SameConvolution:
     def __init__(self, weight: Tensor, dilation: int = 1) -> None:
         self.weight, self.dilation = weight, dilation
         self.spans = [dilation * (size - 1) for size in weight.shape[-2:]]
-        self.by_winograd = (
+        self._by_winograd = (
             backend.has_native("conv2d_same", weight.device.type)
             and weight.dtype == torch.float32
             and tuple(weight.shape[2:]) == (3, 3)
             and dilation == 1
             and min(weight.shape[:2]) >= LEAST_CHANNELS
         )
+
+    def by_winograd(self, x: Tensor) -> bool:
+        return self._by_winograd and min(x.shape[-2:]) >= LEAST_SIDE
 
     @cached_property
     def transformed(self) -> Tensor:
@@ -62,7 +67,7 @@ class SameConvolution:
     def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """(B, in, H, W) → (B, out, H, W)."""
         x = channels_last(x)
-        if not self.by_winograd:
+        if not self.by_winograd(x):
             return channels_last(reference.conv2d_same(x, self.channels_last, bias, self.dilation))
         y = self.room(x, self.weight.shape[0])
         torch.ops.fastris.winograd_convolve_out(x, self.transformed, bias, y)
@@ -74,7 +79,7 @@ class SameConvolution:
         empty = grad.new_empty(0)
         if not (need_x or need_weight):
             return empty, empty
-        if not self.by_winograd:
+        if not self.by_winograd(x):
             return self._backward_by_torch(grad, x, need_x, need_weight)
         d_x = self.room(x, x.shape[1]) if need_x else empty
         if need_x:

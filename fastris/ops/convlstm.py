@@ -33,8 +33,8 @@ _library.define(
 )
 _library.define(
     "convlstm_backward(Tensor x, Tensor weight, Tensor? bias, Tensor? hidden, Tensor? cell, Tensor? peephole,"
-    " int steps, int dilation, Tensor outputs, Tensor cells, Tensor[] kept, Tensor? d_outputs, Tensor? d_hidden, Tensor? d_cell,"
-    " bool[] needed) -> Tensor[]"
+    " int steps, int dilation, Tensor outputs, Tensor cells, Tensor[] kept, Tensor? d_outputs, Tensor? d_hidden,"
+    " Tensor? d_cell, bool[] needed) -> Tensor[]"
 )
 
 

@@ -1,0 +1,173 @@
+"""conv2d_same: Winograd's filtering and torch's convolutions against torch's own in fp64."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import Tensor
+
+import fastris
+from fastris import backend, reference
+from fastris.ops.conv2d_same import SameConvolution, conv2d_same
+
+pytestmark = pytest.mark.skipif(backend.native_error() is not None, reason="fastris._C is not built")
+
+SHAPES = [  # B, in, out, H, W
+    (2, 30, 120, 13, 17),  # odd sides, channels that are no whole vectors
+    (3, 9, 200, 8, 9),
+    (1, 64, 48, 40, 33),  # more tiles than the strips of any part
+    (1, 8, 16, 1, 50),  # too small for Winograd
+]
+
+
+def gradients(x: Tensor, weight: Tensor, bias: Tensor, grad: Tensor, native: bool) -> tuple[Tensor, ...]:
+    with fastris.use_backend("auto" if native else "reference"):
+        y = conv2d_same(x, weight, bias)
+    return (y, *torch.autograd.grad(y, (x, weight, bias), grad.to(y.dtype)))
+
+
+def error(found: Tensor, exact: Tensor) -> float:
+    return float((found.detach().double() - exact.detach()).norm() / exact.detach().norm())
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_error_is_at_most_twice_that_of_torch(shape: tuple[int, ...], layout: torch.memory_format) -> None:
+    batch, inputs, out, height, width = shape
+    x = torch.randn(batch, inputs, height, width).contiguous(memory_format=layout).requires_grad_()
+    weight = torch.randn(out, inputs, 3, 3, requires_grad=True)
+    bias, grad = torch.randn(out, requires_grad=True), torch.randn(batch, out, height, width)
+    found = gradients(x, weight, bias, grad, native=True)
+    eager = gradients(x, weight, bias, grad, native=False)
+    wide = [one.detach().double().requires_grad_() for one in (x, weight, bias)]
+    exact = gradients(wide[0], wide[1], wide[2], grad, native=False)
+    resolution = torch.finfo(torch.float32).eps  # sums of a few terms may be exact in one order and not in another
+    for ours, theirs, truth in zip(found, eager, exact, strict=True):
+        assert error(ours, truth) <= 2 * max(error(theirs, truth), resolution)
+    assert found[0].is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("kernel", [(3, 3), (1, 1), (2, 2), (5, 4)])
+@pytest.mark.parametrize("dilation", [1, 2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_every_kernel_equals_the_reference(kernel: tuple[int, int], dilation: int, dtype: torch.dtype) -> None:
+    x = torch.randn(2, 8, 9, 8, dtype=dtype, requires_grad=True)
+    weight = torch.randn(12, 8, *kernel, dtype=dtype, requires_grad=True)
+    y = torch.ops.fastris.conv2d_same(x, weight, None, dilation)
+    expected = reference.conv2d_same(x, weight, None, dilation)
+    grad = torch.randn_like(expected)
+    found = (y, *torch.autograd.grad(y, (x, weight), grad))
+    truth = (expected, *torch.autograd.grad(expected, (x, weight), grad))
+    tolerance = {"rtol": 1e-4, "atol": 1e-4} if dtype == torch.float32 else {"rtol": 1e-10, "atol": 1e-10}
+    for ours, theirs in zip(found, truth, strict=True):
+        torch.testing.assert_close(ours, theirs, **tolerance)
+
+
+def test_which_convolutions_go_by_winograd() -> None:
+    x, weight = torch.zeros(1, 8, 8, 8), torch.zeros(16, 8, 3, 3)
+    assert SameConvolution(weight).by_winograd(x)
+    assert not SameConvolution(weight).by_winograd(x[..., :7])
+    assert not SameConvolution(weight, 2).by_winograd(x)
+    assert not SameConvolution(weight.bfloat16()).by_winograd(x)
+    assert not SameConvolution(torch.zeros(16, 8, 5, 5)).by_winograd(x)
+    assert not SameConvolution(torch.zeros(16, 2, 3, 3)).by_winograd(x)
+
+
+def test_nothing_is_left_unwritten_and_the_bits_do_not_depend_on_the_threads() -> None:
+    x = torch.randn(2, 16, 31, 29).contiguous(memory_format=torch.channels_last)
+    convolution = SameConvolution(torch.randn(24, 16, 3, 3))
+    grad = torch.randn(2, 24, 31, 29)
+    before = torch.get_num_threads()
+    results = []
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            y = convolution.room(x, 24).fill_(float("nan"))
+            torch.ops.fastris.winograd_convolve_out(x, convolution.transformed, None, y)
+            results.append((y, *convolution.backward(grad, x, True, True)))
+    finally:
+        torch.set_num_threads(before)
+    for one, other in zip(*results, strict=True):
+        assert not one.isnan().any()
+        assert torch.equal(one, other)
+
+
+def test_no_images() -> None:
+    weight = torch.randn(16, 8, 3, 3, requires_grad=True)
+    for shape in ((0, 8, 9, 9), (0, 8, 4, 4)):
+        x = torch.randn(shape, requires_grad=True)
+        y = conv2d_same(x, weight)
+        assert tuple(y.shape) == (shape[0], 16, *shape[2:])
+        d_x, d_weight = torch.autograd.grad(y.sum(), (x, weight))
+        assert d_x.shape == x.shape
+        assert not d_weight.any()
+
+
+def test_a_nan_stays_in_the_tiles_that_see_it() -> None:
+    x = torch.randn(1, 8, 12, 12)
+    x[0, 3, 6, 6] = float("nan")
+    y = conv2d_same(x, torch.randn(8, 8, 3, 3))
+    assert y[..., 5:8, 5:8].isnan().all()
+    assert not y[..., :4, :].isnan().any()
+    assert not y[..., 9:].isnan().any()
+
+
+def test_opcheck_and_one_graph() -> None:
+    x, weight = torch.randn(2, 8, 8, 9, requires_grad=True), torch.randn(12, 8, 3, 3, requires_grad=True)
+    bias = torch.randn(12, requires_grad=True)
+    torch.library.opcheck(torch.ops.fastris.conv2d_same.default, (x, weight, bias, 1))
+    arguments = (torch.randn(2, 12, 8, 9), x.detach(), weight.detach(), 1, True, True)
+    torch.library.opcheck(torch.ops.fastris.conv2d_same_backward.default, arguments)
+    compiled = torch.compile(lambda *inputs: conv2d_same(*inputs).relu(), fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x, weight, bias), conv2d_same(x, weight, bias).relu())
+
+
+def test_second_derivatives_are_refused() -> None:
+    x, weight = torch.randn(1, 8, 8, 8, requires_grad=True), torch.randn(8, 8, 3, 3)
+    (first,) = torch.autograd.grad(conv2d_same(x, weight).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="conv2d_same: .* no second derivatives"):
+        first.sum().backward()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (lambda x, w, y: (x.contiguous(), w, None, y), "x must be channels_last"),
+        (lambda x, w, y: (x.double(), w, None, y), "x must be float32"),
+        (lambda x, w, y: (x, w[:, :, :4], None, y), "weight must come from winograd_weight"),
+        (lambda x, w, y: (x, w, None, y[:1]), "y must be as large as x"),
+        (lambda x, w, y: (x, w, torch.zeros(3), y), "bias must be float32"),
+    ],
+)
+def test_the_kernel_checks_what_it_is_given(arguments: object, message: str) -> None:
+    layout = torch.channels_last
+    x, y = (torch.zeros(2, c, 4, 5).contiguous(memory_format=layout) for c in (8, 16))
+    weight = torch.ops.fastris.winograd_weight(torch.zeros(16, 8, 3, 3), False)
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.fastris.winograd_convolve_out(*arguments(x, weight, y))  # type: ignore[operator]
+
+
+CODE = """
+import torch
+from fastris.ops.conv2d_same import SameConvolution
+torch.manual_seed(0)
+convolution = SameConvolution(torch.randn(20, 9, 3, 3))
+x, grad = torch.randn(2, 9, 11, 10), torch.randn(2, 20, 11, 10)
+exact = SameConvolution(convolution.weight.double())
+for found, truth in zip(
+    (convolution.forward(x), *convolution.backward(grad, x, True, True)),
+    (exact.forward(x.double()), *exact.backward(grad.double(), x.double(), True, True)),
+):
+    torch.testing.assert_close(found, truth.float(), rtol=1e-4, atol=1e-4)
+"""
+
+
+@pytest.mark.parametrize("capability", ["default", "avx2"])
+def test_every_instruction_set(capability: str) -> None:
+    environment = {**os.environ, "ATEN_CPU_CAPABILITY": capability}
+    result = subprocess.run([sys.executable, "-c", CODE], env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
