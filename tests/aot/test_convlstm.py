@@ -7,12 +7,13 @@ from typing import Any
 
 import pytest
 
-pytest.importorskip("triton", reason="triton is not installed")
+triton = pytest.importorskip("triton", reason="triton is not installed")
 
 from fastris.kernels import convlstm as kernels  # noqa: E402
 
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 OPTIONAL = {"gates", "peephole", "d_sum"}
+MOST_STACK = 8 if triton.__version__.startswith("3.6.") else 0  # 3.6 spills two registers in some
 
 
 @pytest.mark.parametrize("direction", ["forward", "backward"])
@@ -50,7 +51,7 @@ def test_conv_gates(
     if channels == 1:  # sizes of 1 are constants
         constants |= dict.fromkeys(("H", "W", "KH", "KW", "dilation"), 1)
     binary = compiled(kernel, types, constants, {**tile, **kernels.OPTIONS})
-    binary.check_registers(128)  # two programs of eight warps on a multiprocessor
+    binary.check_registers(128, MOST_STACK)  # two programs of eight warps on a multiprocessor
     assert ("tf32" in binary.ptx) == (precision == "tf32")
     if dtype != "fp32" or precision == "tf32":
         assert ("HGMMA" if arch == 90 else "HMMA") in binary.sass
