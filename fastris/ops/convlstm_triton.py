@@ -2,8 +2,8 @@
 
 B = batch, C = hidden channels, K = C padded to a power of two. Tensors of four dimensions are channels_last and dense,
 on one device. Hidden states, weights and gates are fp32, bf16 or fp16, and have one dtype; cell states, bias,
-peepholes, gradients of cell states and sums may be fp32 beside bf16 or fp16. The arithmetic is fp32; products of fp32
-are TF32 where ``torch.backends.cudnn.allow_tf32`` says so, as in cuDNN's convolutions.
+peepholes, gradients of cell states and sums may be fp32 beside bf16 or fp16. The arithmetic is fp32; fp32 is multiplied
+as TF32 where cuDNN's convolutions do so, as ``torch.backends.cudnn.allow_tf32`` has it.
 """
 
 from __future__ import annotations
@@ -125,7 +125,9 @@ def _tiles(
     if packed.dim() != 4 or tuple(packed.shape[2:]) != (padded, 4 * padded):
         raise ValueError(f"conv_gates: packed must be (kh, kw, {padded}, {4 * padded}), got {tuple(packed.shape)}")
     pixels = batch * height * width
-    tf32 = hidden.dtype == torch.float32 and torch.backends.cudnn.allow_tf32
+    # Not allow_tf32: reading that is an error once the newer setting, which it also changes, has been used.
+    convolutions = torch.backends.cudnn.conv  # type: ignore[attr-defined]
+    tf32 = hidden.dtype == torch.float32 and convolutions.fp32_precision == "tf32"
     precision = "tf32" if tf32 else "ieee"
     tile = kernels.tile_of(channels, hidden.element_size(), precision, peephole, backward)
     grid = (triton.cdiv(pixels, tile["BLOCK_N"]) * triton.cdiv(channels, tile["BLOCK_C"]),)
