@@ -21,7 +21,7 @@ def padded(channels: int) -> int:
 
 
 def tile_of(channels: int, itemsize: int, precision: str, peephole: bool, backward: bool) -> dict[str, int]:
-    """A program's pixels, channels and part of K, and its stages: the largest that were seen to need no spills."""
+    """A program's pixels, channels and part of K, and its stages: the largest that spill no more than two registers."""
     block_c = 16 if backward or channels % 2 else min(padded(channels), 32)
     if itemsize == 4 and precision == "ieee":  # no tensor cores: the operands of the product are in registers
         return {"BLOCK_N": 64, "BLOCK_C": block_c, "BLOCK_K": 16, "num_stages": 2}
@@ -33,7 +33,7 @@ def tile_of(channels: int, itemsize: int, precision: str, peephole: bool, backwa
 @triton.jit
 def convolve(
     hidden_prev,  # [N, C]
-    weight,  # [KH * KW * K, 4K], columns c * 4 + gate
+    weight,  # [KH * KW, 4K, K], rows 4c + gate
     first,
     n,
     n_used,
@@ -60,7 +60,7 @@ def convolve(
     k = tl.arange(0, BLOCK_K)
     column = channel_block * (4 * BLOCK_C) + tl.arange(0, 4 * BLOCK_C)
     hidden_at = n[:, None] * C + k[None, :]
-    weight_at = k[:, None] * (4 * K) + column[None, :]
+    weight_at = k[:, None] + column[None, :] * K
     total = tl.zeros((BLOCK_N, 4 * BLOCK_C), tl.float32)
     for step in range(KH * KW * (K // BLOCK_K)):
         tap = step // (K // BLOCK_K)
@@ -70,7 +70,7 @@ def convolve(
         inside = n_used & (y + dy >= 0) & (y + dy < H) & (x + dx >= 0) & (x + dx < W)
         here = hidden_prev + (first + dy.to(tl.int64) * W + dx) * C + first_k
         a = tl.load(here + hidden_at, mask=inside[:, None] & (k < C - first_k)[None, :], other=0.0)
-        b = tl.load(weight + step * (BLOCK_K * 4 * K) + weight_at)
+        b = tl.load(weight + tap * (4 * K * K) + first_k + weight_at)
         total = tl.dot(a, b, total, input_precision=PRECISION)
     i_and_o, f_and_g = tl.split(tl.reshape(total, (BLOCK_N, BLOCK_C, 2, 2)))
     i, o = tl.split(i_and_o)
@@ -92,7 +92,7 @@ def add_all_parts(i, f, o, g, addend, bias, first, at, used, c, C: tl.constexpr)
 @triton.jit
 def conv_gates_kernel(
     hidden_prev,  # [N, C]
-    weight,  # [KH * KW * K, 4K]
+    weight,  # [KH * KW, 4K, K]
     cell_prev,  # [N, C] or None
     addend,  # [N, 4C] or None
     bias,  # [4C] or None
@@ -143,7 +143,7 @@ def conv_gates_kernel(
 @triton.jit
 def conv_gates_backward_kernel(
     hidden_prev,  # [N, C]
-    weight,  # [KH * KW * K, 4K]
+    weight,  # [KH * KW, 4K, K]
     cell_prev,  # [N, C] or None
     addend,  # [N, 4C] or None
     bias,  # [4C] or None

@@ -37,14 +37,14 @@ def supports(hidden: Tensor, weight: Tensor) -> bool:
 
 
 def pack_weight(weight: Tensor) -> Tensor:
-    """The recurrent weight as the kernels read it: (kh, kw, K, 4K) of (4C, C, kh, kw), columns 4c + gate, zero-padded.
+    """The recurrent weight as the kernels read it: (kh, kw, 4K, K) of (4C, C, kh, kw), rows 4c + gate, zero-padded.
 
-    Once per sequence is enough.
+    Once per sequence is enough. Tensor cores want inputs next to each other for TF32, and take them so for the rest.
     """
     channels, height, width = weight.shape[1:]
     pad = kernels.padded(channels) - channels
-    by_gate = weight.view(4, channels, channels, height, width).permute(3, 4, 2, 1, 0)  # kh, kw, input, output, gate
-    return F.pad(by_gate, (0, 0, 0, pad, 0, pad)).reshape(height, width, channels + pad, -1).contiguous()
+    by_gate = weight.view(4, channels, channels, height, width).permute(3, 4, 1, 0, 2)  # kh, kw, output, gate, input
+    return F.pad(by_gate, (0, pad, 0, 0, 0, pad)).reshape(height, width, -1, channels + pad).contiguous()
 
 
 def conv_gates_out(
@@ -63,7 +63,7 @@ def conv_gates_out(
 
     Args:
         hidden_prev: (B, C, H, W).
-        packed: (kh, kw, K, 4K), see :func:`pack_weight`.
+        packed: (kh, kw, 4K, K), see :func:`pack_weight`.
         cell_prev: (B, C, H, W), or None for zeros.
         addend: (B, 4C, H, W) or None, the input's part of the pre-activations.
         bias: (4C,) or None.
@@ -122,8 +122,8 @@ def _tiles(
     """The grid, the sizes that the kernels take as arguments, and what they are compiled for."""
     batch, channels, height, width = hidden.shape
     padded = kernels.padded(channels)
-    if packed.dim() != 4 or tuple(packed.shape[2:]) != (padded, 4 * padded):
-        raise ValueError(f"conv_gates: packed must be (kh, kw, {padded}, {4 * padded}), got {tuple(packed.shape)}")
+    if packed.dim() != 4 or tuple(packed.shape[2:]) != (4 * padded, padded):
+        raise ValueError(f"conv_gates: packed must be (kh, kw, {4 * padded}, {padded}), got {tuple(packed.shape)}")
     pixels = batch * height * width
     # Not allow_tf32: reading that is an error once the newer setting, which it also changes, has been used.
     convolutions = torch.backends.cudnn.conv  # type: ignore[attr-defined]
