@@ -20,7 +20,7 @@ from fastris.ops.lstm_gates import compute_dtype, peephole_gradient
 from fastris.reference.convlstm import conv2d_same
 
 RECOMPUTED = {"save": 0.0, "balanced": 0.35, "recompute": 1.0, "none": 1.0}
-"""Share of the steps whose pre-activations are computed again. With "none" the cells are not kept either: no backward."""
+"""Share of the steps whose pre-activations are computed again. With "none" no cells are kept either: no backward."""
 
 # Schema. For backward alone: cells are those of every step, and kept the pre-activations of the last steps, after the
 # hoisted part where x is constant. The gradients asked for by `needed`, in the order x, weight, bias, hidden, cell,
@@ -32,9 +32,9 @@ _library.define(
     " int dilation, str memory) -> (Tensor outputs, Tensor last_hidden, Tensor last_cell, Tensor cells, Tensor[] kept)"
 )
 _library.define(
-    "convlstm_backward(Tensor x, Tensor weight, Tensor? bias, Tensor? hidden, Tensor? cell, Tensor? peephole, int steps,"
-    " int dilation, Tensor outputs, Tensor cells, Tensor[] kept, Tensor? d_outputs, Tensor? d_hidden, Tensor? d_cell,"
-    " bool[] needed) -> Tensor[]"
+    "convlstm_backward(Tensor x, Tensor weight, Tensor? bias, Tensor? hidden, Tensor? cell, Tensor? peephole,"
+    " int steps, int dilation, Tensor outputs, Tensor cells, Tensor[] kept, Tensor? d_outputs, Tensor? d_hidden,"
+    " Tensor? d_cell, bool[] needed) -> Tensor[]"
 )
 
 
@@ -133,7 +133,7 @@ class _Layer:
         d_cell: Tensor | None,
         needed: list[bool],
     ) -> list[Tensor]:
-        need_x, need_weight, need_bias, need_hidden, _, need_peephole = needed
+        need_x, need_weight, need_bias, need_hidden, need_cell, need_peephole = needed
         if self.constant:
             self._hoisted, *kept = kept
         compute = compute_dtype(self.x.dtype)
@@ -190,6 +190,10 @@ class _Layer:
             if need_weight:
                 d_weight_x += d_weight_once
             d_bias = d_sum.sum((0, 2, 3))
+        if d_h is None and need_hidden and self.hidden is not None:  # of no steps, when only the cell was used
+            d_h = torch.zeros_like(self.hidden)
+        if d_c is None and need_cell and self.cell is not None:
+            d_c = torch.zeros_like(self.cell)
         found = [d_x, d_weight, d_bias, d_h, d_c, d_peephole]
         like = [self.x, self.weight, self.bias, self.hidden, self.cell, self.peephole]
         return [

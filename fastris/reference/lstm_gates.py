@@ -65,8 +65,8 @@ def lstm_gates_backward(
         d_hidden, d_cell: (B, C, H, W) gradients of its results; None is zero.
 
     Returns:
-        ``(d_gates, d_cell_prev, d_bias, d_peephole)`` in the shapes and dtypes of the arguments; d_gates is also that of
-        ``addend``, and the last two are empty where there is no bias and no peephole.
+        ``(d_gates, d_cell_prev, d_bias, d_peephole)`` in the shapes and dtypes of the arguments; d_gates is also that
+        of ``addend``, in the wider dtype, and the last two are empty where there is no bias and no peephole.
     """
     compute = torch.float64 if gates.dtype == torch.float64 else torch.float32
     total = gates.to(compute)
@@ -95,4 +95,5 @@ def lstm_gates_backward(
         d_bias = d_gates.sum((0, 2, 3)).to(bias.dtype)
     if peephole is not None:
         d_peephole = torch.cat([d_i * c_prev, d_f * c_prev, d_o * c], 1).sum((0, 2, 3)).to(peephole.dtype)
-    return d_gates.to(gates.dtype), d_c_prev.to(cell_prev.dtype), d_bias, d_peephole
+    dtype = gates.dtype if addend is None else torch.promote_types(gates.dtype, addend.dtype)
+    return d_gates.to(dtype), d_c_prev.to(cell_prev.dtype), d_bias, d_peephole
