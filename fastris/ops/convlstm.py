@@ -9,6 +9,7 @@ computed in channels_last, in which the convolutions are fastest. Backward needs
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -227,6 +228,12 @@ def channels_last(tensor: Tensor) -> Tensor:
     return tensor.contiguous(memory_format=torch.channels_last)
 
 
+def no_autocast(device_type: str) -> AbstractContextManager[object]:
+    """Not every type of device has autocast: meta has none."""
+    available = torch.amp.is_autocast_available(device_type)
+    return torch.autocast(device_type, enabled=False) if available else nullcontext()
+
+
 # Kernels: the layer in Python over the convolutions of torch and the native gates, on the devices that have those
 
 
@@ -241,7 +248,7 @@ def _native(
     dilation: int,
     memory: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
-    with torch.autocast(x.device.type, enabled=False):
+    with no_autocast(x.device.type):
         return _Layer(x, weight, bias, hidden, cell, peephole, steps, dilation).forward(memory)
 
 
@@ -256,7 +263,7 @@ def _native_backward(
     dilation: int,
     *gradients: Any,
 ) -> list[Tensor]:
-    with torch.autocast(x.device.type, enabled=False):
+    with no_autocast(x.device.type):
         return _Layer(x, weight, bias, hidden, cell, peephole, steps, dilation).backward(*gradients)
 
 
@@ -352,7 +359,7 @@ def convlstm(
         if value.device != x.device:
             raise ValueError(f"convlstm: {name} must be on {x.device} like x, got {value.device}")
     device = x.device.type
-    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device) and x.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device)
         x, weight = x.to(dtype), weight.to(dtype)
         bias, hidden = (None if one is None else one.to(dtype) for one in (bias, hidden))
@@ -362,7 +369,7 @@ def convlstm(
     if cell is not None and cell.dtype not in (x.dtype, torch.promote_types(x.dtype, torch.float32)):
         raise ValueError(f"convlstm: cell must be {x.dtype} like x or float32, got {cell.dtype}")
     if not backend.runs_native("convlstm", device):
-        with torch.autocast(device, enabled=False):
+        with no_autocast(device):
             return reference.convlstm(x, weight, bias, hidden, cell, steps, peephole=peephole, dilation=dilation)
     differentiated = torch.is_grad_enabled() and any(
         one is not None and one.requires_grad for one in (x, weight, bias, hidden, cell, peephole)

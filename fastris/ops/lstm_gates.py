@@ -116,7 +116,7 @@ def _native_backward(
         unrounded = torch.zeros_like(d_gates, dtype=compute, memory_format=arguments.layout)
     torch.ops.fastris.lstm_gates_backward_out(*arguments.inputs(), d_hidden, d_cell, d_gates, d_cell_prev, unrounded)
     unrounded = d_gates if unrounded is None else unrounded
-    d_bias = d_peephole = gates.new_empty(0)
+    d_bias, d_peephole = gates.new_empty(0), gates.new_empty(0)
     if bias is not None:
         d_bias = unrounded.sum((0, 2, 3)).to(bias.dtype)
     if peephole is not None:

@@ -90,7 +90,7 @@ def lstm_gates_backward(
     d_g = d_c * i * (1 - g * g)
     d_c_prev = d_c * f + d_i * w_i + d_f * w_f
     d_gates = torch.cat([d_i, d_f, d_o, d_g], 1)
-    d_bias = d_peephole = gates.new_empty(0)
+    d_bias, d_peephole = gates.new_empty(0), gates.new_empty(0)
     if bias is not None:
         d_bias = d_gates.sum((0, 2, 3)).to(bias.dtype)
     if peephole is not None:
