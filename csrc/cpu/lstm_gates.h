@@ -206,8 +206,8 @@ void run_over_tiles(const Kernel& kernel) {
 
 // Activations. T is float or double; vectors of doubles serve gradient checks, and take the library's functions.
 
-// e^x, x clamped to where it is finite and normal: x·log₂e is rounded to an integer, which goes to the exponent, and a
-// polynomial does the rest.
+// e^x, x clamped to where it is finite and normal: x·log₂e is rounded to an integer n, and a polynomial does the rest.
+// 2ⁿ is a factor, not added to the exponent, for that would make a number of some NaNs.
 template <int Bytes>
 FASTRIS_INLINE Vector<float, Bytes> exponential(const Vector<float, Bytes>& x) {
   using Real = Vector<float, Bytes>;
@@ -216,7 +216,7 @@ FASTRIS_INLINE Vector<float, Bytes> exponential(const Vector<float, Bytes>& x) {
   Real y = x < -limit ? -limit : x;  // comparisons with NaN are false: it stays
   y = y > limit ? limit : y;
   const float log2_e = 1.44269504f, left_over = 1.92596299e-8f;
-  const float magic = 12582912.0f;  // 1.5 · 2²³: adding it rounds, and leaves the integer in the low bits
+  const float magic = 12583039.0f;  // 1.5 · 2²³ + 127: adding it rounds, and leaves n + 127 in the low bits
   const Real rounded = y * log2_e + magic;
   const Real n = rounded - magic;
   const Real r = (y * log2_e - n) + y * left_over;
@@ -227,7 +227,7 @@ FASTRIS_INLINE Vector<float, Bytes> exponential(const Vector<float, Bytes>& x) {
   p = p * r + 2.402264791363012e-1f;
   p = p * r + 6.931472028550421e-1f;
   p = p * r + 1.0f;
-  return (Real)((Int)p + ((Int)rounded << 23));
+  return p * (Real)((Int)rounded << 23);
 }
 
 template <int Bytes>

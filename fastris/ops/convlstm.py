@@ -9,6 +9,7 @@ computed in channels_last, in which the convolutions are fastest. Backward needs
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -129,7 +130,7 @@ class _Layer:
         d_cell: Tensor | None,
         needed: list[bool],
     ) -> list[Tensor]:
-        need_x, need_weight, need_bias, need_hidden, _, need_peephole = needed
+        need_x, need_weight, need_bias, need_hidden, need_cell, need_peephole = needed
         if self.constant:
             self._hoisted, *kept = kept
         compute = compute_dtype(self.x.dtype)
@@ -184,12 +185,22 @@ class _Layer:
             if need_weight:
                 d_weight_x += d_weight_once
             d_bias = d_sum.sum((0, 2, 3))
+        if d_h is None and need_hidden and self.hidden is not None:  # of no steps, when only the cell was used
+            d_h = torch.zeros_like(self.hidden)
+        if d_c is None and need_cell and self.cell is not None:
+            d_c = torch.zeros_like(self.cell)
         found = [d_x, d_weight, d_bias, d_h, d_c, d_peephole]
         like = [self.x, self.weight, self.bias, self.hidden, self.cell, self.peephole]
         return [
             grad.to(one.dtype) if wanted and grad is not None and one is not None else self.x.new_empty(0)
             for grad, one, wanted in zip(found, like, needed, strict=True)
         ]
+
+
+def no_autocast(device_type: str) -> AbstractContextManager[object]:
+    """Not every type of device has autocast: meta has none."""
+    available = torch.amp.is_autocast_available(device_type)
+    return torch.autocast(device_type, enabled=False) if available else nullcontext()
 
 
 # Kernels: the layer in Python over the convolutions of torch and the native gates, on the devices that have those
@@ -206,7 +217,7 @@ def _native(
     dilation: int,
     memory: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
-    with torch.autocast(x.device.type, enabled=False):
+    with no_autocast(x.device.type):
         return _Layer(x, weight, bias, hidden, cell, peephole, steps, dilation).forward(memory)
 
 
@@ -221,7 +232,7 @@ def _native_backward(
     dilation: int,
     *gradients: Any,
 ) -> list[Tensor]:
-    with torch.autocast(x.device.type, enabled=False):
+    with no_autocast(x.device.type):
         return _Layer(x, weight, bias, hidden, cell, peephole, steps, dilation).backward(*gradients)
 
 
@@ -319,7 +330,7 @@ def convlstm(
         if value.device != x.device:
             raise ValueError(f"convlstm: {name} must be on {x.device} like x, got {value.device}")
     device = x.device.type
-    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device) and x.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device)
         x, weight = x.to(dtype), weight.to(dtype)
         bias, hidden = (None if one is None else one.to(dtype) for one in (bias, hidden))
@@ -329,7 +340,7 @@ def convlstm(
     if cell is not None and cell.dtype not in (x.dtype, torch.promote_types(x.dtype, torch.float32)):
         raise ValueError(f"convlstm: cell must be {x.dtype} like x or float32, got {cell.dtype}")
     if not backend.runs_native("convlstm", device):
-        with torch.autocast(device, enabled=False):
+        with no_autocast(device):
             return reference.convlstm(x, weight, bias, hidden, cell, steps, peephole=peephole, dilation=dilation)
     differentiated = torch.is_grad_enabled() and any(
         one is not None and one.requires_grad for one in (x, weight, bias, hidden, cell, peephole)

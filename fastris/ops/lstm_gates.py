@@ -67,9 +67,8 @@ class _Arguments:
         self.layout = layout_of(gates)
         dtype = gates.dtype if addend is None else torch.promote_types(gates.dtype, addend.dtype)
         compute = compute_dtype(dtype)
-        wide_cell = cell_prev.dtype == torch.float32 and compute == torch.float32
         self.gates = self.dense(gates, dtype)
-        self.cell_prev = self.dense(cell_prev, cell_prev.dtype if wide_cell else dtype)
+        self.cell_prev = self.dense(cell_prev, dtype if cell_prev.dtype == dtype else compute)
         self.addend = None if addend is None else self.dense(addend, dtype)
         self.bias = None if bias is None else bias.to(compute).contiguous()
         self.peephole = None if peephole is None else peephole.to(compute).contiguous()
@@ -117,14 +116,15 @@ def _native_backward(
         unrounded = torch.zeros_like(d_gates, dtype=compute, memory_format=arguments.layout)
     torch.ops.fastris.lstm_gates_backward_out(*arguments.inputs(), d_hidden, d_cell, d_gates, d_cell_prev, unrounded)
     unrounded = d_gates if unrounded is None else unrounded
-    d_bias = d_peephole = gates.new_empty(0)
+    d_bias, d_peephole = gates.new_empty(0), gates.new_empty(0)
     if bias is not None:
         d_bias = unrounded.sum((0, 2, 3)).to(bias.dtype)
     if peephole is not None:
-        cell = arguments.state(arguments.cell_prev.dtype)
+        arguments.cell_prev = arguments.cell_prev.to(compute)
+        cell = arguments.state(compute)
         torch.ops.fastris.lstm_gates_out(*arguments.inputs(), arguments.state(arguments.gates.dtype), cell)
         d_peephole = peephole_gradient(unrounded, arguments.cell_prev, cell).to(peephole.dtype)
-    return d_gates.to(gates.dtype), d_cell_prev.to(cell_prev.dtype), d_bias, d_peephole
+    return d_gates, d_cell_prev.to(cell_prev.dtype), d_bias, d_peephole
 
 
 def _cuda_out(*arguments: Any) -> None:
@@ -179,7 +179,8 @@ def _fake_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     layout = layout_of(gates)
     d_bias, d_peephole = (gates.new_empty(0) if one is None else torch.empty_like(one) for one in (bias, peephole))
-    d_gates = torch.empty_like(gates, memory_format=layout)
+    dtype = gates.dtype if addend is None else torch.promote_types(gates.dtype, addend.dtype)
+    d_gates = torch.empty_like(gates, dtype=dtype, memory_format=layout)
     return d_gates, torch.empty_like(cell_prev, memory_format=layout), d_bias, d_peephole
 
 
@@ -201,12 +202,13 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 
 def _gradients(ctx: Any, d_hidden: Tensor | None, d_cell: Tensor | None) -> tuple[Tensor | None, ...]:
-    _, _, addend, bias, peephole = ctx.saved_tensors
+    gates, _, addend, bias, peephole = ctx.saved_tensors
     d_gates, d_cell_prev, d_bias, d_peephole = torch.ops.fastris.lstm_gates_backward(
         *ctx.saved_tensors, d_hidden, d_cell
     )
     d_addend = None if addend is None else d_gates.to(addend.dtype)
-    return d_gates, d_cell_prev, d_addend, None if bias is None else d_bias, None if peephole is None else d_peephole
+    d_bias, d_peephole = None if bias is None else d_bias, None if peephole is None else d_peephole
+    return d_gates.to(gates.dtype), d_cell_prev, d_addend, d_bias, d_peephole
 
 
 def _no_second_gradients(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:

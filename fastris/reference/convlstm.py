@@ -45,7 +45,7 @@ def convlstm(
     else:
         sequence = list(x.unbind(0))
     channels = weight.shape[0] // 4
-    batch, _, height, width = sequence[0].shape if sequence else x.shape[1:]
+    batch, _, height, width = x.shape[-4:]
     state_shape = (batch, channels, height, width)
     hidden = x.new_zeros(state_shape) if hidden is None else hidden
     cell = x.new_zeros(state_shape, dtype=torch.promote_types(x.dtype, torch.float32)) if cell is None else cell

@@ -66,7 +66,7 @@ def lstm_gates_backward(
 
     Returns:
         ``(d_gates, d_cell_prev, d_bias, d_peephole)`` in the shapes and dtypes of the arguments; d_gates is also that
-        of ``addend``, and the last two are empty where there is no bias and no peephole.
+        of ``addend``, in the wider dtype, and the last two are empty where there is no bias and no peephole.
     """
     compute = torch.float64 if gates.dtype == torch.float64 else torch.float32
     total = gates.to(compute)
@@ -90,9 +90,10 @@ def lstm_gates_backward(
     d_g = d_c * i * (1 - g * g)
     d_c_prev = d_c * f + d_i * w_i + d_f * w_f
     d_gates = torch.cat([d_i, d_f, d_o, d_g], 1)
-    d_bias = d_peephole = gates.new_empty(0)
+    d_bias, d_peephole = gates.new_empty(0), gates.new_empty(0)
     if bias is not None:
         d_bias = d_gates.sum((0, 2, 3)).to(bias.dtype)
     if peephole is not None:
         d_peephole = torch.cat([d_i * c_prev, d_f * c_prev, d_o * c], 1).sum((0, 2, 3)).to(peephole.dtype)
-    return d_gates.to(gates.dtype), d_c_prev.to(cell_prev.dtype), d_bias, d_peephole
+    dtype = gates.dtype if addend is None else torch.promote_types(gates.dtype, addend.dtype)
+    return d_gates.to(dtype), d_c_prev.to(cell_prev.dtype), d_bias, d_peephole

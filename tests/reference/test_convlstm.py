@@ -59,3 +59,14 @@ def test_gradients_in_fp64():
 def test_a_wrong_argument_is_named(arguments, keywords, name):
     with pytest.raises(ValueError, match=f"convlstm: {name}"):
         convlstm(*arguments, **keywords)
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 5, 4), (0, 2, 3, 5, 4)])
+def test_no_steps_give_the_state_that_was_given(shape):
+    weight = torch.randn(8, 5, 3, 3)
+    hidden, cell = torch.randn(2, 2, 2, 5, 4)
+    steps = 0 if len(shape) == 4 else None
+    outputs, last_hidden, last_cell = convlstm(torch.randn(shape), weight, None, hidden, cell, steps)
+    assert outputs.shape == (0, 2, 2, 5, 4)
+    assert torch.equal(last_hidden, hidden) and torch.equal(last_cell, cell)
+    assert all(one.eq(0).all() for one in convlstm(torch.randn(shape), weight, steps=steps)[1:])

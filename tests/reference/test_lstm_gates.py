@@ -7,7 +7,8 @@ import math
 import pytest
 import torch
 
-from fastris import lstm_gates
+from fastris import lstm_gates, reference
+from fastris.reference.lstm_gates import lstm_gates_backward
 
 
 def sigmoid(value: float) -> float:
@@ -67,3 +68,37 @@ def test_shapes_that_break_things(shape):
 def test_a_wrong_argument_is_named(arguments, name):
     with pytest.raises(ValueError, match=f"lstm_gates: {name}"):
         lstm_gates(*arguments)
+
+
+@pytest.mark.parametrize("given", [(), ("addend",), ("bias",), ("peephole",), ("addend", "bias", "peephole")])
+@pytest.mark.parametrize("used", [(True, True), (True, False), (False, True)])
+def test_the_explicit_backward_is_that_of_autograd(given, used):
+    sizes = {"addend": (2, 12, 4, 5), "bias": (12,), "peephole": (9,)}
+    gates = torch.randn(2, 12, 4, 5, dtype=torch.float64, requires_grad=True)
+    previous = torch.randn(2, 3, 4, 5, dtype=torch.float64, requires_grad=True)
+    optional = [
+        torch.randn(size, dtype=torch.float64, requires_grad=True) if name in given else None
+        for name, size in sizes.items()
+    ]
+    arguments = gates, previous, *optional
+    results = reference.lstm_gates(*arguments)
+    grads = [torch.randn_like(one) if wanted else None for one, wanted in zip(results, used, strict=True)]
+    leaves = [one for one in arguments if one is not None]
+    outputs = [one for one, wanted in zip(results, used, strict=True) if wanted]
+    expected = iter(torch.autograd.grad(outputs, leaves, [one for one in grads if one is not None]))
+    d_gates, d_previous, d_bias, d_peephole = lstm_gates_backward(*arguments, *grads)
+    d_optional = d_gates, d_bias, d_peephole
+    found = [d_gates, d_previous, *(d for d, one in zip(d_optional, optional, strict=True) if one is not None)]
+    for ours, truth in zip(found, expected, strict=True):
+        rounding = torch.finfo(torch.float64).eps * 64  # twice as many as there are operations on the way
+        summed = 2 * 4 * 5 if truth.dim() == 1 else 1
+        assert (ours - truth).abs().max() <= rounding * summed * max(1, truth.abs().max())
+    assert [one.numel() for one in (d_bias, d_peephole)] == [12 * ("bias" in given), 9 * ("peephole" in given)]
+
+
+def test_the_explicit_backward_has_the_dtypes_of_the_arguments():
+    gates, addend = torch.randn(1, 8, 2, 2).bfloat16(), torch.randn(1, 8, 2, 2)
+    previous, bias, peephole = torch.randn(1, 2, 2, 2), torch.randn(8).half(), torch.randn(6).double()
+    results = lstm_gates_backward(gates, previous, None, bias, peephole, previous.bfloat16(), None)
+    assert [one.dtype for one in results] == [torch.bfloat16, torch.float32, torch.float16, torch.float64]
+    assert lstm_gates_backward(gates, previous, addend, None, None, None, previous)[0].dtype == torch.float32
