@@ -242,9 +242,7 @@ def _scripted(function: Callable[..., Tensors]) -> Peer:
         return Peer("TorchScript", torch.__version__, function, missing=f"{type(error).__name__}: {error}")
 
     def call(problem: Problem) -> Tensors:
-        problem.once(
-            scripted, lambda: problem.run(scripted) is None
-        )  # it profiles first, and compiles in the second call
+        problem.once(scripted, lambda: problem.run(scripted) is None)  # profiles; the next call compiles
         return problem.run(scripted)
 
     return Peer("TorchScript", torch.__version__, call)

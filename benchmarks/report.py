@@ -4,7 +4,7 @@
     python benchmarks/report.py assignment --shapes 22x20 100x20 --families uniform soft_iou --batches 64 --rounds 21
     python benchmarks/report.py scaling           one thread against two threads
     python benchmarks/report.py overhead          what a call with one matrix costs, by entry point
-    python benchmarks/report.py convlstm --rounds 3 --passes forward --update
+    python benchmarks/report.py convlstm --rounds 3 --passes forward --without torch.compile --update
 
 writes ``benchmarks/results/<suite>.json`` and, with matplotlib, ``<suite>-<dtype>.png`` beside it; with more threads
 than one, ``<suite>-2-threads.json``. With ``--update`` other cases that are in the file stay. A peer with a wrong
@@ -19,7 +19,7 @@ import json
 import os
 import platform
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -38,7 +38,7 @@ MICRO = 1e6
 MEBI = 2**20
 
 
-def measure(suite: Suite, labels: Labels, rounds: int) -> dict[str, Any]:
+def measure(suite: Suite, labels: Labels, rounds: int, without: Sequence[str] = ()) -> dict[str, Any]:
     """One case: what its peers took and held, or why not.
 
     Returns:
@@ -52,7 +52,9 @@ def measure(suite: Suite, labels: Labels, rounds: int) -> dict[str, Any]:
     calls: dict[str, Callable[[], None]] = {}
     for name, peer in peers.items():
         found[name] = {"version": peer.version}
-        if peer.missing:
+        if name in without:
+            found[name]["missing"] = "left out by --without"
+        elif peer.missing:
             found[name]["missing"] = peer.missing
         elif fault := case.fault(peer):
             found[name]["wrong"] = fault
@@ -172,6 +174,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="small cases only")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the results (benchmarks/results)")
     parser.add_argument("--update", action="store_true", help="keep the other cases that the results have already")
+    parser.add_argument("--without", nargs="+", default=[], metavar="PEER", help="peers that sit out, for speed")
     axes = {"shapes": "shape", "families": "family", "batches": "batch", "dtypes": "dtype", "passes": "pass"}
     for option, axis in axes.items():
         parser.add_argument(f"--{option}", dest=axis, nargs="+", default=[], metavar=axis.upper(), help="only these")
@@ -211,7 +214,8 @@ def main() -> int:
     kept = earlier_cases(path, suite, result) if arguments.update else []
     for number, labels in enumerate(cases, 1):
         print(f"[{number}/{len(cases)}]", *labels.values(), file=sys.stderr, flush=True)
-        kept = [case for case in kept if case["labels"] != labels] + [measure(suite, labels, arguments.rounds)]
+        new = measure(suite, labels, arguments.rounds, arguments.without)
+        kept = [case for case in kept if case["labels"] != labels] + [new]
         result["cases"] = sorted(kept, key=lambda case: suite.grid.index(case["labels"]))
         with atomic_write(path) as temporary:
             temporary.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
