@@ -75,7 +75,8 @@ def _draw(result: dict[str, Any], cases: list[dict[str, Any]], dtype: str | None
 
 def _row(labels: dict[str, str]) -> str:
     """What the panel and the file do not say already."""
-    return " ".join(text for text in (labels.get("family", ""), f"B={labels['batch']}") if text)
+    said = {"batch": "B=", "steps": "T="}
+    return " ".join(said.get(axis, "") + text for axis, text in labels.items() if axis not in ("shape", "dtype"))
 
 
 def _colour(names: list[str], name: str) -> str:

@@ -4,10 +4,12 @@
     python benchmarks/report.py assignment --shapes 22x20 100x20 --families uniform soft_iou --batches 64 --rounds 21
     python benchmarks/report.py scaling           one thread against two threads
     python benchmarks/report.py overhead          what a call with one matrix costs, by entry point
+    python benchmarks/report.py convlstm --rounds 3 --passes forward --without torch.compile --update
 
 writes ``benchmarks/results/<suite>.json`` and, with matplotlib, ``<suite>-<dtype>.png`` beside it; with more threads
-than one, ``<suite>-2-threads.json``. A peer with a wrong answer is marked so and not timed. Run it on a quiet machine:
-interleaving cancels drift, not contention. Exit code 1: a wrong answer of fastris.
+than one, ``<suite>-2-threads.json``. With ``--update`` other cases that are in the file stay. A peer with a wrong
+answer is marked so and not timed. Run it on a quiet machine: interleaving cancels drift, not contention. Exit code 1: a
+wrong answer of fastris.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ import json
 import os
 import platform
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -36,13 +38,13 @@ MICRO = 1e6
 MEBI = 2**20
 
 
-def measure(suite: Suite, labels: Labels, rounds: int) -> dict[str, Any]:
+def measure(suite: Suite, labels: Labels, rounds: int, without: Sequence[str] = ()) -> dict[str, Any]:
     """One case: what its peers took and held, or why not.
 
     Returns:
-        ``labels``, ``items`` and ``peers``: for each peer by name its ``version`` and either ``missing``, ``wrong`` or
-        ``microseconds`` (quartiles per item), ``ratio`` (quartiles of its time over that of the suite's base in the
-        same round, None without a base), ``rounds`` and ``extra_bytes``.
+        ``labels``, ``items``, ``command``, ``load_average`` before the timing and ``peers``: for each peer by name its
+        ``version`` and either ``missing``, ``wrong`` or ``microseconds`` (quartiles per item), ``ratio`` (quartiles of
+        its time over that of the suite's base in the same round, None without a base), ``rounds`` and ``extra_bytes``.
     """
     case = suite.build(labels)
     peers = {peer.name: peer for peer in suite.peers(labels)}
@@ -50,12 +52,15 @@ def measure(suite: Suite, labels: Labels, rounds: int) -> dict[str, Any]:
     calls: dict[str, Callable[[], None]] = {}
     for name, peer in peers.items():
         found[name] = {"version": peer.version}
-        if peer.missing:
+        if name in without:
+            found[name]["missing"] = "left out by --without"
+        elif peer.missing:
             found[name]["missing"] = peer.missing
         elif fault := case.fault(peer):
             found[name]["wrong"] = fault
         else:
             calls[name] = partial(case.run, peer)
+    load_average = os.getloadavg()
     samples = interleave(calls, rounds)
     base = samples.get(suite.base)
     for name, times in samples.items():
@@ -65,13 +70,14 @@ def measure(suite: Suite, labels: Labels, rounds: int) -> dict[str, Any]:
             rounds=len(times),
             extra_bytes=peak_extra(calls[name]),
         )
-    return {"labels": dict(labels), "items": case.items, "peers": found}
+    how = {"command": command(), "load_average": load_average}
+    return {"labels": dict(labels), "items": case.items, **how, "peers": found}
 
 
 def provenance(threads: str) -> dict[str, Any]:
     """What a reader needs to judge and repeat the numbers."""
     return {
-        "command": " ".join(["python", *sys.argv]),
+        "command": command(),
         "threads": threads,
         "processor": processor(),
         "cores": os.cpu_count(),
@@ -79,6 +85,10 @@ def provenance(threads: str) -> dict[str, Any]:
         "system": platform.platform(),
         "fastris": fastris.info(),
     }
+
+
+def command() -> str:
+    return " ".join(["python", *sys.argv])
 
 
 def processor() -> str:
@@ -147,7 +157,7 @@ def print_report(suite: Suite, result: dict[str, Any]) -> None:
 
 
 def selected(suite: Suite, arguments: argparse.Namespace) -> list[Labels]:
-    wanted = {axis: getattr(arguments, axis) for axis in ("shape", "family", "batch", "dtype")}
+    wanted = {axis: getattr(arguments, axis) for axis in ("shape", "family", "batch", "dtype", "pass")}
     return [
         labels
         for labels in suite.grid
@@ -163,12 +173,25 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=11, help="interleaved rounds (11)")
     parser.add_argument("--quick", action="store_true", help="small cases only")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the results (benchmarks/results)")
-    for option, axis in (("shapes", "shape"), ("families", "family"), ("batches", "batch"), ("dtypes", "dtype")):
+    parser.add_argument("--update", action="store_true", help="keep the other cases that the results have already")
+    parser.add_argument("--without", nargs="+", default=[], metavar="PEER", help="peers that sit out, for speed")
+    axes = {"shapes": "shape", "families": "family", "batches": "batch", "dtypes": "dtype", "passes": "pass"}
+    for option, axis in axes.items():
         parser.add_argument(f"--{option}", dest=axis, nargs="+", default=[], metavar=axis.upper(), help="only these")
     arguments = parser.parse_args()
     if arguments.rounds < 1 or arguments.threads < 1:
         parser.error("--rounds and --threads must be at least 1")
     return arguments
+
+
+def earlier_cases(path: Path, suite: Suite, result: dict[str, Any]) -> list[dict[str, Any]]:
+    """The cases of a result file that new ones may stand beside: same processor, same versions."""
+    if not path.exists():
+        return []
+    earlier = json.loads(path.read_text(encoding="utf-8"))
+    if any(earlier[key] != result[key] for key in ("processor", "system", "threads", "fastris")):
+        raise SystemExit(f"{path} is of another machine or other versions: it cannot be updated")
+    return [case for case in earlier["cases"] if case["labels"] in suite.grid]
 
 
 def main() -> int:
@@ -188,9 +211,12 @@ def main() -> int:
     arguments.out.mkdir(parents=True, exist_ok=True)
     suffix = f"-{arguments.threads}-threads" if arguments.threads > 1 else ""
     path = arguments.out / f"{suite.name}{suffix}.json"
+    kept = earlier_cases(path, suite, result) if arguments.update else []
     for number, labels in enumerate(cases, 1):
         print(f"[{number}/{len(cases)}]", *labels.values(), file=sys.stderr, flush=True)
-        result["cases"].append(measure(suite, labels, arguments.rounds))
+        new = measure(suite, labels, arguments.rounds, arguments.without)
+        kept = [case for case in kept if case["labels"] != labels] + [new]
+        result["cases"] = sorted(kept, key=lambda case: suite.grid.index(case["labels"]))
         with atomic_write(path) as temporary:
             temporary.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     print_report(suite, result)

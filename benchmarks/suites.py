@@ -13,7 +13,11 @@ from torch import Tensor
 
 import costs
 import peers
+import recurrent
+import ris_step
+from fastris import reference
 from peers import Peer
+from recurrent import Problem
 
 Labels = Mapping[str, str]
 """What names a case, as in ``{"shape": "22x20", "family": "tied", "batch": "8", "dtype": "float32"}``."""
@@ -309,4 +313,118 @@ MATCHERS = Suite(
     build=lambda labels: MATCHER_FAMILIES[labels["family"]][1](labels),
 )
 
-SUITES = {suite.name: suite for suite in (ASSIGNMENT, SOFT_IOU, MATCHERS, OVERHEAD, SCALING)}
+# ConvLSTM
+
+SMALL = "5x6x16"
+"""The quick case, without torch.compile: that takes half a minute for each case."""
+
+OF_CONVLSTM = [
+    {"shape": shape, "batch": batch}
+    for shape, batch in ((SMALL, "2"), ("30x30x64", "8"), ("64x64x64", "4"), ("100x30x128", "1"))
+]
+"""Shapes are Cin x C x side, C x side of the gates."""
+
+PASSES = ("forward", "forward+backward")
+
+
+def recurrent_case(problem: Problem, truth: Mapping[str, Tensor]) -> Case:
+    def wrong(peer: Peer, answers: list[Any]) -> str:
+        if peer.name == recurrent.FLOOR:
+            return ""
+        return recurrent.disagreement(answers[0], truth, recurrent.tolerance_of(peer))
+
+    return Case([(problem,)], 1, wrong)
+
+
+def gates_case(labels: Labels) -> Case:
+    channels, side = dimensions(labels["shape"])
+    problem = recurrent.gates_problem(int(labels["batch"]), channels, side, labels["pass"] != "forward")
+    return recurrent_case(problem, recurrent.truth_of(problem, reference.lstm_gates, ("hidden", "cell")))
+
+
+def cell_case(labels: Labels) -> Case:
+    sizes = [int(labels["batch"]), *dimensions(labels["shape"])]
+    problem = recurrent.convlstm_problem(*sizes, labels["pass"] != "forward")
+    return recurrent_case(problem, recurrent.truth_of(problem, recurrent.reference_cell, ("hidden", "cell")))
+
+
+def convlstm_case(labels: Labels) -> Case:
+    sizes = [int(labels["batch"]), *dimensions(labels["shape"])]
+    problem = recurrent.convlstm_problem(*sizes, labels["pass"] != "forward", labels["family"])
+    return recurrent_case(problem, recurrent.truth_of(problem, recurrent.reference_sequence, ("outputs", "cell")))
+
+
+GATES = Suite(
+    name="gates",
+    item="call",
+    base="fastris",
+    grid=[
+        {**labels, "shape": labels["shape"].partition("x")[2], **one}
+        for labels in OF_CONVLSTM
+        for one in grid(**{"pass": PASSES})
+    ],
+    quick=lambda labels: SMALL.endswith(labels["shape"]),
+    peers=lambda labels: recurrent.gates_peers(compiled=not SMALL.endswith(labels["shape"])),
+    build=gates_case,
+)
+
+CELL = Suite(
+    name="cell",
+    item="call",
+    base="fastris",
+    grid=[{**labels, **one} for labels in OF_CONVLSTM for one in grid(**{"pass": PASSES})],
+    quick=lambda labels: labels["shape"] == SMALL,
+    peers=lambda labels: recurrent.cell_peers(labels["pass"] != "forward", compiled=labels["shape"] != SMALL),
+    build=cell_case,
+)
+
+CONVLSTM = Suite(
+    name="convlstm",
+    item="sequence",
+    base="fastris",
+    grid=[
+        {**labels, **one}
+        for labels in OF_CONVLSTM
+        for one in grid(**{"family": ("constant", "varying"), "pass": PASSES})
+    ],
+    quick=lambda labels: labels["shape"] == SMALL,
+    peers=lambda labels: recurrent.convlstm_peers(labels["pass"] != "forward", compiled=labels["shape"] != SMALL),
+    build=convlstm_case,
+)
+
+
+# Training step
+
+
+def ris_step_case(labels: Labels) -> Case:
+    step = ris_step.new_step(
+        int(labels["batch"]), dimensions(labels["shape"])[0], int(labels["steps"]), labels["dtype"]
+    )
+    truth = step.truth()
+
+    def wrong(peer: Peer, answers: list[Any]) -> str:
+        return ris_step.disagreement(answers[0], truth, labels["dtype"])
+
+    return Case([(step,)], 1, wrong)
+
+
+RIS_STEP = Suite(
+    name="ris_step",
+    item="step",
+    base="fastris",
+    grid=[
+        {**labels, **one}
+        for labels in (
+            {"shape": "32x32", "batch": "1", "steps": "3"},
+            {"shape": "128x128", "batch": "4", "steps": "12"},
+        )
+        for one in grid(dtype=("float32", "bfloat16"))
+    ],
+    quick=lambda labels: labels["shape"] == "32x32",
+    peers=lambda labels: ris_step.ris_step_peers(),
+    build=ris_step_case,
+)
+
+SUITES = {
+    suite.name: suite for suite in (ASSIGNMENT, SOFT_IOU, MATCHERS, OVERHEAD, SCALING, GATES, CELL, CONVLSTM, RIS_STEP)
+}
