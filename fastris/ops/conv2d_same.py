@@ -20,6 +20,8 @@ LEAST_CHANNELS = 8
 """Fewer than this on either side are no work for matrix products."""
 LEAST_SIDE = 8
 """On smaller maps much of a tile is padding, which costs time and digits."""
+LEAST_PIXELS = 1024
+"""Of a batch: fewer do not make up for the transformation of the weight."""
 
 # Schema. The weight of `winograd_convolve_out` is what `winograd_weight` makes of a (out, in, 3, 3) weight, `turned`
 # for the gradient of the input.
@@ -50,7 +52,9 @@ class SameConvolution:
         )
 
     def by_winograd(self, x: Tensor) -> bool:
-        return self._by_winograd and min(x.shape[-2:]) >= LEAST_SIDE
+        height, width = x.shape[-2:]
+        large = min(height, width) >= LEAST_SIDE and x.shape[0] * height * width >= LEAST_PIXELS
+        return self._by_winograd and large
 
     @cached_property
     def transformed(self) -> Tensor:

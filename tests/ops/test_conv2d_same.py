@@ -17,8 +17,8 @@ from fastris.ops.conv2d_same import SameConvolution, conv2d_same
 pytestmark = pytest.mark.skipif(backend.native_error() is not None, reason="fastris._C is not built")
 
 SHAPES = [  # B, in, out, H, W
-    (2, 30, 120, 13, 17),  # odd sides, channels that are no whole vectors
-    (3, 9, 200, 8, 9),
+    (5, 30, 120, 13, 17),  # odd sides, channels that are no whole vectors
+    (15, 9, 200, 8, 9),
     (1, 64, 48, 40, 33),  # more tiles than the strips of any part
     (1, 8, 16, 1, 50),  # too small for Winograd
 ]
@@ -55,7 +55,7 @@ def test_error_is_at_most_twice_that_of_torch(shape: tuple[int, ...], layout: to
 @pytest.mark.parametrize("dilation", [1, 2])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_every_kernel_equals_the_reference(kernel: tuple[int, int], dilation: int, dtype: torch.dtype) -> None:
-    x = torch.randn(2, 8, 9, 8, dtype=dtype, requires_grad=True)
+    x = torch.randn(15, 8, 9, 8, dtype=dtype, requires_grad=True)
     weight = torch.randn(12, 8, *kernel, dtype=dtype, requires_grad=True)
     y = torch.ops.fastris.conv2d_same(x, weight, None, dilation)
     expected = reference.conv2d_same(x, weight, None, dilation)
@@ -68,9 +68,10 @@ def test_every_kernel_equals_the_reference(kernel: tuple[int, int], dilation: in
 
 
 def test_which_convolutions_go_by_winograd() -> None:
-    x, weight = torch.zeros(1, 8, 8, 8), torch.zeros(16, 8, 3, 3)
+    x, weight = torch.zeros(16, 8, 8, 8), torch.zeros(16, 8, 3, 3)
     assert SameConvolution(weight).by_winograd(x)
-    assert not SameConvolution(weight).by_winograd(x[..., :7])
+    assert not SameConvolution(weight).by_winograd(x[..., :7].repeat(2, 1, 1, 1))
+    assert not SameConvolution(weight).by_winograd(x[:15])
     assert not SameConvolution(weight, 2).by_winograd(x)
     assert not SameConvolution(weight.bfloat16()).by_winograd(x)
     assert not SameConvolution(torch.zeros(16, 8, 5, 5)).by_winograd(x)
@@ -108,7 +109,7 @@ def test_no_images() -> None:
 
 
 def test_a_nan_stays_in_the_tiles_that_see_it() -> None:
-    x = torch.randn(1, 8, 12, 12)
+    x = torch.randn(1, 8, 32, 32)
     x[0, 3, 6, 6] = float("nan")
     y = conv2d_same(x, torch.randn(8, 8, 3, 3))
     assert y[..., 5:8, 5:8].isnan().all()
@@ -117,10 +118,10 @@ def test_a_nan_stays_in_the_tiles_that_see_it() -> None:
 
 
 def test_opcheck_and_one_graph() -> None:
-    x, weight = torch.randn(2, 8, 8, 9, requires_grad=True), torch.randn(12, 8, 3, 3, requires_grad=True)
+    x, weight = torch.randn(15, 8, 8, 9, requires_grad=True), torch.randn(12, 8, 3, 3, requires_grad=True)
     bias = torch.randn(12, requires_grad=True)
     torch.library.opcheck(torch.ops.fastris.conv2d_same.default, (x, weight, bias, 1))
-    arguments = (torch.randn(2, 12, 8, 9), x.detach(), weight.detach(), 1, True, True)
+    arguments = (torch.randn(15, 12, 8, 9), x.detach(), weight.detach(), 1, True, True)
     torch.library.opcheck(torch.ops.fastris.conv2d_same_backward.default, arguments)
     compiled = torch.compile(lambda *inputs: conv2d_same(*inputs).relu(), fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(x, weight, bias), conv2d_same(x, weight, bias).relu())
@@ -156,7 +157,7 @@ import torch
 from fastris.ops.conv2d_same import SameConvolution
 torch.manual_seed(0)
 convolution = SameConvolution(torch.randn(20, 9, 3, 3))
-x, grad = torch.randn(2, 9, 11, 10), torch.randn(2, 20, 11, 10)
+x, grad = torch.randn(10, 9, 11, 10), torch.randn(10, 20, 11, 10)
 exact = SameConvolution(convolution.weight.double())
 for found, truth in zip(
     (convolution.forward(x), *convolution.backward(grad, x, True, True)),
