@@ -102,7 +102,7 @@ struct VectorLanes {
   greatest_key(const double* values, double wanted, const int64_t* keys, int64_t none, int64_t count) {
     if constexpr (has_bits) {
       // A bit a lane: unlike a reduction over lanes, it does not wait for keys that have just been written. One column
-      // alone is the rule, and which one it is takes no branch.
+      // alone is the rule, and which one it is takes no branch. Of several, a loop over bits would mispredict its end.
       int64_t ties = 0, column = 0;
       for (int64_t start = 0; start < count; start += 64) {
         const uint64_t found = equal_bits(values + start, wanted, count - start);
@@ -110,14 +110,6 @@ struct VectorLanes {
         column = found ? start + __builtin_ctzll(found) : column;
       }
       if (ties == 1) return keys[column];
-      int64_t best = none;
-      for (int64_t start = 0; start < count; start += 64) {
-        for (uint64_t found = equal_bits(values + start, wanted, count - start); found; found &= found - 1) {
-          const int64_t key = keys[start + __builtin_ctzll(found)];
-          best = key > best ? key : best;
-        }
-      }
-      return best;
     }
     Indices best = all(none);
     for (int64_t base = 0; base < count; base += N) {

@@ -95,7 +95,7 @@ def assignment(
         raise TypeError(f"assignment: cost must be a tensor, got {type(cost).__name__}")
     if cost.dim() != 3 or cost.is_complex():
         raise ValueError(f"assignment: cost must be real (B,P,G), got {describe(cost)}")
-    cost = _widened(cost.detach())
+    cost = _widened(cost.detach() if cost.requires_grad else cost)
     rows = check_counts("assignment", "num_rows", num_rows, cost, "cost")
     cols = check_counts("assignment", "num_cols", num_cols, cost, "cost")
     native = backend.runs_native("assignment", cost.device.type)
