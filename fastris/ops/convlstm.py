@@ -10,6 +10,8 @@ computed in channels_last, in which the convolutions are fastest. Backward needs
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from functools import cached_property
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -67,6 +69,13 @@ class _Layer:
         self.peephole = None if peephole is None else peephole.to(compute_dtype(x.dtype)).contiguous()
         self.cell_dtype = cell.dtype if cell is not None else torch.promote_types(x.dtype, torch.float32)
         self._hoisted: Tensor | None = None
+        self.fused = fused_step(self.of_h.weight) if self.constant else None
+
+    @cached_property
+    def packed(self) -> Tensor:
+        """The recurrent weight as the fused step reads it."""
+        assert self.fused is not None
+        return self.fused.pack_weight(self.of_h.weight)
 
     @property
     def hoisted(self) -> Tensor:
@@ -102,6 +111,63 @@ class _Layer:
         shape = (count, self.batch, self.height, self.width, self.channels)
         return self.x.new_empty(shape, dtype=dtype).permute(0, 1, 4, 2, 3)
 
+    def step(
+        self,
+        t: int,
+        hidden: Tensor | None,
+        cell: Tensor | None,
+        next_hidden: Tensor,
+        next_cell: Tensor,
+        keep: bool,
+    ) -> Tensor | None:
+        """Write the next state, and give the pre-activations, which a fused step has only if it is to keep them."""
+        if self.fused is not None and hidden is not None:
+            gates = torch.empty_like(self.hoisted) if keep else None
+            self.fused.conv_gates_out(
+                hidden,
+                self.packed,
+                cell,
+                self.hoisted,
+                None,
+                self.peephole,
+                self.dilation,
+                next_hidden,
+                next_cell,
+                gates,
+            )
+            return gates
+        gates, addend = self.gates(t, hidden)
+        torch.ops.fastris.lstm_gates_out(gates, cell, addend, None, self.peephole, next_hidden, next_cell)
+        return gates
+
+    def step_backward(
+        self,
+        t: int,
+        hidden: Tensor | None,
+        cell: Tensor | None,
+        gates: Tensor | None,
+        d_hidden: Tensor | None,
+        d_cell: Tensor,
+        d_sum: Tensor | None,
+    ) -> Tensor:
+        """The gradient of the pre-activations, computed again where they were not kept; ``d_cell`` becomes the next."""
+        if gates is not None:
+            d_gates, addend = torch.empty_like(gates), self.hoisted if self.constant else None
+        elif self.fused is not None and hidden is not None:
+            d_gates = torch.empty_like(self.hoisted)
+            self.fused.conv_gates_backward_out(
+                hidden, self.packed, cell, self.hoisted, None, self.peephole, self.dilation,
+                d_hidden, d_cell, d_gates, d_cell, d_sum,
+            )  # fmt: skip
+            return d_gates
+        else:
+            gates, addend = self.gates(t, hidden)
+            d_gates = torch.empty_like(gates) if gates is self._hoisted else gates
+        torch.ops.fastris.lstm_gates_backward_out(
+            gates, cell, addend, None, self.peephole, d_hidden, d_cell, d_gates, d_cell, d_sum
+        )
+        return d_gates
+
     def forward(self, memory: str) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
         outputs = self.states(self.x.dtype, self.steps)
         cells = self.states(self.cell_dtype, 2 if memory == "none" else self.steps)
@@ -109,11 +175,11 @@ class _Layer:
         kept = [self.hoisted] if self.constant and memory != "none" else []
         hidden, cell = self.hidden, self.cell
         for t in range(self.steps):
-            gates, addend = self.gates(t, hidden)
             next_hidden, next_cell = outputs[t], cells[t % len(cells)]
-            torch.ops.fastris.lstm_gates_out(gates, cell, addend, None, self.peephole, next_hidden, next_cell)
+            gates = self.step(t, hidden, cell, next_hidden, next_cell, t in kept_steps)
             hidden, cell = next_hidden, next_cell
             if t in kept_steps:
+                assert gates is not None
                 kept.append(gates)
         if hidden is None or cell is None or self.steps == 0:  # nothing has moved
             hidden = self.states(self.x.dtype, 1)[0].zero_() if hidden is None else hidden
@@ -146,19 +212,11 @@ class _Layer:
         for t in reversed(range(self.steps)):
             before = (outputs[t - 1], cells[t - 1]) if t else (self.hidden, self.cell)
             age = self.steps - 1 - t
-            if age < len(kept):
-                gates, addend = kept[-1 - age], self.hoisted if self.constant else None
-            else:
-                gates, addend = self.gates(t, before[0])
-            d_gates = gates if age >= len(kept) and gates is not self._hoisted else torch.empty_like(gates)
             if d_outputs is not None:
                 d_h = channels_last(d_outputs[t]).clone() if d_h is None else d_h.add_(d_outputs[t])
             if d_c is None:
                 d_c = torch.zeros_like(cells[t])
-            torch.ops.fastris.lstm_gates_backward_out(
-                gates, before[1], addend, None, self.peephole, d_h, d_c, d_gates, d_c, d_sum
-            )
-            del gates
+            d_gates = self.step_backward(t, *before, kept[-1 - age] if age < len(kept) else None, d_h, d_c, d_sum)
             if need_peephole:
                 cell_before = torch.zeros_like(cells[t]) if before[1] is None else before[1]
                 d_peephole += peephole_gradient(d_gates.to(compute), cell_before, cells[t])
@@ -195,6 +253,16 @@ class _Layer:
             grad.to(one.dtype) if wanted and grad is not None and one is not None else self.x.new_empty(0)
             for grad, one, wanted in zip(found, like, needed, strict=True)
         ]
+
+
+def fused_step(weight: Tensor) -> ModuleType | None:
+    """The Triton kernels that convolve and update in one, beside a constant x: on CUDA, in bf16 and fp16, and what
+    :func:`fastris.ops.convlstm_triton.supports`. In fp32 cuDNN's convolution should be ahead."""
+    if weight.device.type != "cuda" or weight.dtype not in (torch.bfloat16, torch.float16):
+        return None
+    from fastris.ops import convlstm_triton
+
+    return convlstm_triton if convlstm_triton.supports(weight) else None
 
 
 def no_autocast(device_type: str) -> AbstractContextManager[object]:

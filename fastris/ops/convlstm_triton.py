@@ -16,21 +16,19 @@ from torch import Tensor
 from fastris.kernels import convlstm as kernels
 
 
-def supports(hidden: Tensor, weight: Tensor) -> bool:
+def supports(weight: Tensor) -> bool:
     """Whether a step of this recurrent ``weight`` can be one kernel.
 
     It can with at most 64 hidden channels, odd kernels up to 7×7, any dilation, and fp32, bf16 or fp16 throughout.
     More channels do not pay: cuDNN's convolution and :func:`fastris.ops.lstm_gates_triton.lstm_gates_out` are faster.
 
     Args:
-        hidden: (B, C, H, W).
         weight: (4C, C, kh, kw), the part of the layer's weight that the hidden state meets.
     """
-    channels = hidden.shape[1]
+    channels = weight.shape[1]
     return (
-        hidden.dtype in (torch.float32, torch.bfloat16, torch.float16)
-        and weight.dtype == hidden.dtype
-        and tuple(weight.shape[:2]) == (4 * channels, channels)
+        weight.dtype in (torch.float32, torch.bfloat16, torch.float16)
+        and weight.shape[0] == 4 * channels
         and channels <= kernels.MOST_CHANNELS
         and all(size % 2 == 1 and size <= kernels.MOST_TAPS for size in weight.shape[2:])
     )

@@ -44,7 +44,7 @@ def check(found, expected, what):
 
 
 def check_all(hidden_prev, weight, cell_prev, addend, bias, peephole, dilation, d_hidden, d_cell, d_sum, state):
-    assert supports(hidden_prev, weight)
+    assert supports(weight)
     arguments = hidden_prev, weight, cell_prev, addend, bias, peephole
     given = [value is not None for value in (*arguments, d_hidden, d_cell, d_sum)]
     what = f"{tuple(hidden_prev.shape)}, given: {given}"
@@ -117,21 +117,65 @@ for channels, shape, weight_dtype in (
     (8, (32, 8, 3, 3), torch.float64),
     (65, (260, 65, 3, 3), dtype),
 ):
-    assert not supports(channels_last(1, channels, 3, 3), torch.empty(shape, dtype=weight_dtype, device=device))
+    assert not supports(torch.empty(shape, dtype=weight_dtype, device=device))
 """
 
 
-def run(device: str, dtype: str, **environment: str) -> None:
+SEQUENCE = """
+import sys
+import torch
+from fastris import reference
+from fastris.ops import convlstm as layer
+from fastris.ops import convlstm_triton
+
+device, dtype = sys.argv[1], getattr(torch, sys.argv[2])
+tolerance = {torch.float32: 1e-4, torch.bfloat16: 1e-1}[dtype]
+called = []
+
+
+class Counted:
+    pack_weight = staticmethod(convlstm_triton.pack_weight)
+
+    def __getattr__(self, name):
+        called.append(name)
+        return getattr(convlstm_triton, name)
+
+
+layer.fused_step = lambda weight: Counted()
+torch.manual_seed(0)
+x = torch.randn(2, 3, 5, 6, device=device).to(dtype).requires_grad_()
+weight = (0.3 * torch.randn(24, 9, 3, 3, device=device)).to(dtype).requires_grad_()
+bias = torch.randn(24, device=device).to(dtype).requires_grad_()
+state = [torch.randn(2, 6, 5, 6, device=device).to(dtype).requires_grad_() for _ in range(2)]
+for memory in ("save", "balanced", "recompute"):
+    for hidden, cell in ((None, None), state):
+        inputs = [one for one in (x, weight, bias, hidden, cell) if one is not None]
+        found = layer.convlstm(x, weight, bias, hidden, cell, 4, memory=memory)
+        wide = [one.detach().double().requires_grad_() for one in inputs]
+        expected = reference.convlstm(*wide, steps=4)
+        grads = [torch.randn_like(one) for one in expected]
+        found += torch.autograd.grad(found, inputs, [grad.to(one.dtype) for grad, one in zip(grads, found)])
+        expected += torch.autograd.grad(expected, wide, grads)
+        for ours, truth in zip(found, expected):
+            assert (ours.double() - truth).norm() <= tolerance * truth.norm(), (memory, hidden is None)
+assert set(called) == {"conv_gates_out", "conv_gates_backward_out"}
+"""
+
+
+def run(device: str, dtype: str, code: str = CODE, **environment: str) -> None:
     result = subprocess.run(
-        [sys.executable, "-c", CODE, device, dtype], env={**os.environ, **environment}, capture_output=True, text=True
+        [sys.executable, "-c", code, device, dtype], env={**os.environ, **environment}, capture_output=True, text=True
     )
     assert result.returncode == 0, result.stderr
 
 
-@pytest.mark.skipif(
+needs_interpreter = pytest.mark.skipif(
     version(triton.__version__) < (3, 7) and version(np.__version__) >= (2, 4),
     reason="the interpreter of Triton 3.6 makes scalars of arrays of one element, which NumPy 2.4 refuses",
 )
+
+
+@needs_interpreter
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_the_kernels_match_the_reference_in_the_interpreter(dtype: str) -> None:
     """bf16 is left to a GPU: the interpreter computes it wrongly."""
@@ -142,3 +186,13 @@ def test_the_kernels_match_the_reference_in_the_interpreter(dtype: str) -> None:
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 def test_the_kernels_match_the_reference_on_a_gpu(dtype: str) -> None:
     run("cuda", dtype)
+
+
+@needs_interpreter
+def test_a_sequence_of_fused_steps_in_the_interpreter() -> None:
+    run("cpu", "float32", SEQUENCE, TRITON_INTERPRET="1")
+
+
+@pytest.mark.gpu
+def test_a_sequence_of_fused_steps_on_a_gpu() -> None:
+    run("cuda", "bfloat16", SEQUENCE)
