@@ -54,6 +54,8 @@ class _Layer:
         peephole: Tensor | None,
         steps: int,
         dilation: int,
+        *,
+        fused: bool,
     ) -> None:
         self.constant = x.dim() == 4
         self.steps, self.dilation = steps, dilation
@@ -69,7 +71,7 @@ class _Layer:
         self.peephole = None if peephole is None else peephole.to(compute_dtype(x.dtype)).contiguous()
         self.cell_dtype = cell.dtype if cell is not None else torch.promote_types(x.dtype, torch.float32)
         self._hoisted: Tensor | None = None
-        self.fused = fused_step(self.of_h.weight) if self.constant else None
+        self.fused = fused_step(self.of_h.weight) if fused and self.constant else None
 
     @cached_property
     def packed(self) -> Tensor:
@@ -274,42 +276,36 @@ def no_autocast(device_type: str) -> AbstractContextManager[object]:
 # Kernels: the layer in Python over the convolutions of torch and the native gates, on the devices that have those
 
 
-def _native(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    hidden: Tensor | None,
-    cell: Tensor | None,
-    peephole: Tensor | None,
-    steps: int,
-    dilation: int,
-    memory: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
-    with no_autocast(x.device.type):
-        return _Layer(x, weight, bias, hidden, cell, peephole, steps, dilation).forward(memory)
+def _native(*arguments: Any, fused: bool = True) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
+    *layer, memory = arguments
+    with no_autocast(layer[0].device.type):
+        return _Layer(*layer, fused=fused).forward(memory)
 
 
-def _native_backward(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    hidden: Tensor | None,
-    cell: Tensor | None,
-    peephole: Tensor | None,
-    steps: int,
-    dilation: int,
-    *gradients: Any,
-) -> list[Tensor]:
-    with no_autocast(x.device.type):
-        return _Layer(x, weight, bias, hidden, cell, peephole, steps, dilation).backward(*gradients)
+def _native_backward(*arguments: Any, fused: bool = True) -> list[Tensor]:
+    layer, results = arguments[:8], arguments[8:]
+    with no_autocast(layer[0].device.type):
+        return _Layer(*layer, fused=fused).backward(*results)
 
 
 for device in ("CPU", "CUDA"):
     if backend.has_native("convlstm", device.lower()):
         _library.impl("convlstm", _native, device)
         _library.impl("convlstm_backward", _native_backward, device)
-torch.library.register_fake("fastris::convlstm", _native, lib=_library)
-torch.library.register_fake("fastris::convlstm_backward", _native_backward, lib=_library)
+
+# Fake kernels: the same, but for the fused step, which is no operator
+
+
+def _fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
+    return _native(*arguments, fused=False)
+
+
+def _fake_backward(*arguments: Any) -> list[Tensor]:
+    return _native_backward(*arguments, fused=False)
+
+
+torch.library.register_fake("fastris::convlstm", _fake, lib=_library)
+torch.library.register_fake("fastris::convlstm_backward", _fake_backward, lib=_library)
 
 # Autograd
 
