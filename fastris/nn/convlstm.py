@@ -12,7 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from fastris.nn.arguments import check_input, check_state, kernel_pair, positive_int
+from fastris.ops.conv2d_same import conv2d_same
 from fastris.ops.convlstm import convlstm
+from fastris.ops.lstm_gates import lstm_gates
 
 State = tuple[Tensor, Tensor]
 
@@ -81,8 +83,9 @@ class ConvLSTMCell(nn.Module):
         check_input("ConvLSTMCell", "input_tensor", input_tensor, shapes, self.input_dim, self.conv.weight)
         shape = (input_tensor.shape[0], self.hidden_dim, *input_tensor.shape[-2:])
         hidden, cell = check_state("ConvLSTMCell", "cur_state", cur_state, shape, input_tensor)
-        _, hidden, cell = self.run(input_tensor, hidden, cell, steps=1)
-        return hidden, cell
+        moving = torch.cat([input_tensor, hidden], dim=1)
+        gates = conv2d_same(moving, self.conv.weight, self.conv.bias, self.dilation)
+        return lstm_gates(gates, cell, peephole=self.peephole_weight)
 
     def run(
         self, x: Tensor, hidden: Tensor | None = None, cell: Tensor | None = None, steps: int | None = None
