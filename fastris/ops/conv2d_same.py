@@ -68,12 +68,12 @@ class SameConvolution:
     def channels_last(self) -> Tensor:
         return channels_last(self.weight)
 
-    def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """(B, in, H, W) → (B, out, H, W)."""
+    def forward(self, x: Tensor, bias: Tensor | None = None, room: Tensor | None = None) -> Tensor:
+        """(B, in, H, W) → (B, out, H, W), in the ``room`` given unless torch convolves, which takes its own."""
         x = channels_last(x)
         if not self.by_winograd(x):
             return channels_last(reference.conv2d_same(x, self.channels_last, bias, self.dilation))
-        y = self.room(x, self.weight.shape[0])
+        y = self.room(x, self.weight.shape[0]) if room is None else room
         torch.ops.fastris.winograd_convolve_out(x, self.transformed, bias, y)
         return y
 

@@ -99,14 +99,14 @@ class _Layer:
         x = channels_last(self.x[t])
         return x if previous is None else channels_last(torch.cat([x, previous], 1))
 
-    def gates(self, t: int, previous: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def gates(self, t: int, previous: Tensor | None, room: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """Pre-activations of a step in two addends, the second one hoisted."""
         moving = self.moving(t, previous)
         if moving is None:
             return self.hoisted, None
         if self.constant:
-            return self.of_h.forward(moving), self.hoisted
-        return (self.of_x if previous is None else self.of_both).forward(moving, self.bias), None
+            return self.of_h.forward(moving, None, room), self.hoisted
+        return (self.of_x if previous is None else self.of_both).forward(moving, self.bias, room), None
 
     def states(self, dtype: torch.dtype, count: int) -> Tensor:
         """Room for (count, B, C, H, W), each channels_last."""
@@ -150,21 +150,24 @@ class _Layer:
         gates: Tensor | None,
         d_hidden: Tensor | None,
         d_cell: Tensor,
+        d_gates: Tensor,
         d_sum: Tensor | None,
     ) -> Tensor:
-        """The gradient of the pre-activations, computed again where they were not kept; ``d_cell`` becomes the next."""
+        """The gradient of the pre-activations, which are computed again where they were not kept.
+
+        It is ``d_gates`` or memory of its own, and ``d_cell`` becomes the next step's.
+        """
         if gates is not None:
-            d_gates, addend = torch.empty_like(gates), self.hoisted if self.constant else None
+            addend = self.hoisted if self.constant else None
         elif self.fused is not None and hidden is not None:
-            d_gates = torch.empty_like(self.hoisted)
             self.fused.conv_gates_backward_out(
                 hidden, self.packed, cell, self.hoisted, None, self.peephole, self.dilation,
                 d_hidden, d_cell, d_gates, d_cell, d_sum,
             )  # fmt: skip
             return d_gates
         else:
-            gates, addend = self.gates(t, hidden)
-            d_gates = torch.empty_like(gates) if gates is self._hoisted else gates
+            gates, addend = self.gates(t, hidden, d_gates)
+            d_gates = d_gates if gates is self._hoisted else gates
         torch.ops.fastris.lstm_gates_backward_out(
             gates, cell, addend, None, self.peephole, d_hidden, d_cell, d_gates, d_cell, d_sum
         )
@@ -208,6 +211,7 @@ class _Layer:
         d_peephole = self.x.new_zeros(3 * self.channels, dtype=compute)
         d_bias = self.x.new_zeros(4 * self.channels, dtype=compute)
         d_x = torch.empty_like(self.x) if need_x and not self.constant else self.x.new_empty(0)
+        room = SameConvolution.room(self.x if self.constant else self.x[0], 4 * self.channels) if self.steps else d_x
         d_sum = torch.zeros_like(self.hoisted, dtype=compute) if self.constant else None
         d_h = None if d_hidden is None else channels_last(d_hidden).clone()
         d_c = None if d_cell is None else channels_last(d_cell).clone()
@@ -218,7 +222,8 @@ class _Layer:
                 d_h = channels_last(d_outputs[t]).clone() if d_h is None else d_h.add_(d_outputs[t])
             if d_c is None:
                 d_c = torch.zeros_like(cells[t])
-            d_gates = self.step_backward(t, *before, kept[-1 - age] if age < len(kept) else None, d_h, d_c, d_sum)
+            gates = kept[-1 - age] if age < len(kept) else None
+            d_gates = self.step_backward(t, *before, gates, d_h, d_c, room, d_sum)
             if need_peephole:
                 cell_before = torch.zeros_like(cells[t]) if before[1] is None else before[1]
                 d_peephole += peephole_gradient(d_gates.to(compute), cell_before, cells[t])
