@@ -215,18 +215,17 @@ FASTRIS_INLINE Vector<float, Bytes> exponential(const Vector<float, Bytes>& x) {
   const Real limit = Real{} + 87.0f;
   Real y = x < -limit ? -limit : x;  // comparisons with NaN are false: it stays
   y = y > limit ? limit : y;
-  const float log2_e = 1.44269504f, left_over = 1.92596299e-8f;
   const float magic = 12583039.0f;  // 1.5 · 2²³ + 127: adding it rounds, and leaves n + 127 in the low bits
-  const Real rounded = y * log2_e + magic;
+  const Real rounded = y * 1.44269504f + magic;
   const Real n = rounded - magic;
-  const Real r = (y * log2_e - n) + y * left_over;
-  Real p = Real{} + 1.535336188319500e-4f;  // 2^r on [−½, ½]
-  p = p * r + 1.339887440266574e-3f;
-  p = p * r + 9.618437357674640e-3f;
-  p = p * r + 5.550332471162809e-2f;
-  p = p * r + 2.402264791363012e-1f;
-  p = p * r + 6.931472028550421e-1f;
-  p = p * r + 1.0f;
+  const Real r = (y - n * 0.693359375f) + n * 2.12194440e-4f;  // ln 2 in two parts, the product with the first exact
+  Real p = Real{} + 1.9875691500e-4f;  // e^r on [−½ ln 2, ½ ln 2]
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * (r * r) + r + 1.0f;
   return p * (Real)((Int)rounded << 23);
 }
 
