@@ -21,15 +21,7 @@ struct GatesKernel {
     GateBuffer<T> gate[kGates], weight[kPeepholes], before, h, c;
     for (int64_t t = begin; t < end; ++t) {
       const GateTile tile(all, t);
-      for (int64_t k = 0; k < kGates; ++k) {
-        load_gate<Bytes>(tile, k, gates, addend, gate[k].at);
-        if (bias == nullptr) continue;
-        spread_over(all, tile, bias + k * all.channels, h.at);
-        add_row<Bytes>(h.at, tile.size, gate[k].at);
-      }
-      for (int64_t k = 0; peephole != nullptr && k < kPeepholes; ++k) {
-        spread_over(all, tile, peephole + k * all.channels, weight[k].at);
-      }
+      load_gates<Bytes>(all, tile, gates, addend, bias, peephole, h.at, gate, weight);
       const T* previous = nullptr;
       if (cell_prev != nullptr) previous = load_state<Bytes>(cell_prev + tile.state_at, tile.size, before.at);
       constexpr int lanes = VectorOf<T, Bytes>::lanes;

@@ -6,6 +6,7 @@
 #pragma once
 
 #include "../stable_abi.h"
+#include "layout.h"
 #include "simd.h"
 
 #include <algorithm>
@@ -40,18 +41,6 @@ struct GateRows {
 
   int64_t tiles() const { return (rows + tile_rows - 1) / tile_rows * tiles_of_row; }
 };
-
-// Whether a (B, channels, H, W) tensor lies in memory as the rows say; strides of dimensions of one element are free.
-inline bool is_dense(const Tensor& tensor, bool channels_last) {
-  const int64_t C = tensor.size(1), H = tensor.size(2), W = tensor.size(3);
-  const int64_t nchw[] = {C * H * W, H * W, W, 1}, nhwc[] = {C * H * W, 1, W * C, C};
-  const int64_t* strides = channels_last ? nhwc : nchw;
-  if (tensor.numel() == 0) return true;
-  for (int64_t dim = 0; dim < 4; ++dim) {
-    if (tensor.size(dim) != 1 && tensor.stride(dim) != strides[dim]) return false;
-  }
-  return true;
-}
 
 inline GateRows::GateRows(const Tensor& gates) {
   FASTRIS_CHECK(gates.dim() == 4 && gates.size(1) % kGates == 0, "lstm_gates: gates must be (B,4C,H,W)");
@@ -170,6 +159,22 @@ FASTRIS_INLINE void spread_over(const GateRows& all, const GateTile& tile, const
       const int64_t end = std::min(tile.columns, (channel + 1) * all.run - tile.column);
       for (; i < end; ++i) to[r * tile.columns + i] = of_channel[channel];
     }
+  }
+}
+
+// Everything a tile has of its pre-activations, and its peepholes. `spread` is a buffer that may hold anything.
+template <int Bytes, typename T, typename G>
+FASTRIS_INLINE void load_gates(
+    const GateRows& all, const GateTile& tile, const G* gates, const G* addend, const T* bias, const T* peephole, T* spread,
+    GateBuffer<T>* gate, GateBuffer<T>* weight) {
+  for (int64_t k = 0; k < kGates; ++k) {
+    load_gate<Bytes>(tile, k, gates, addend, gate[k].at);
+    if (bias == nullptr) continue;
+    spread_over(all, tile, bias + k * all.channels, spread);
+    add_row<Bytes>(spread, tile.size, gate[k].at);
+  }
+  for (int64_t k = 0; peephole != nullptr && k < kPeepholes; ++k) {
+    spread_over(all, tile, peephole + k * all.channels, weight[k].at);
   }
 }
 

@@ -25,15 +25,7 @@ struct GatesBackwardKernel {
     for (int64_t t = begin; t < end; ++t) {
       const GateTile tile(all, t);
       const int64_t n = tile.size;
-      for (int64_t k = 0; k < kGates; ++k) {
-        load_gate<Bytes>(tile, k, gates, addend, gate[k].at);
-        if (bias == nullptr) continue;
-        spread_over(all, tile, bias + k * all.channels, d_before.at);
-        add_row<Bytes>(d_before.at, n, gate[k].at);
-      }
-      for (int64_t k = 0; peephole != nullptr && k < kPeepholes; ++k) {
-        spread_over(all, tile, peephole + k * all.channels, weight[k].at);
-      }
+      load_gates<Bytes>(all, tile, gates, addend, bias, peephole, d_before.at, gate, weight);
       const T *c_prev = nullptr, *d_h = nullptr, *d_c = nullptr;
       if (cell_prev != nullptr) c_prev = load_state<Bytes>(cell_prev + tile.state_at, n, buffer[0].at);
       if (d_hidden != nullptr) d_h = load_state<Bytes>(d_hidden + tile.state_at, n, buffer[1].at);

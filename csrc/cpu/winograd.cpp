@@ -13,6 +13,7 @@
 // turned around, and that of the weight is Gᵀ (Σ Bᵀ x B ∘ A dy Aᵀ) G.
 #include "../stable_abi.h"
 #include "aligned.h"
+#include "layout.h"
 #include "simd.h"
 
 #include <algorithm>
@@ -300,11 +301,7 @@ struct WeightGradientKernel {
 void check(const Tensor& x, const char* name) {
   FASTRIS_CHECK(
       x.dim() == 4 && x.scalar_type() == ScalarType::Float, "winograd: ", name, " must be float32 (B,C,H,W)");
-  const int64_t C = x.size(1), W = x.size(3);
-  FASTRIS_CHECK(
-      x.numel() == 0 || ((x.size(1) == 1 || x.stride(1) == 1) && (W == 1 || x.stride(3) == C) && (x.size(2) == 1 || x.stride(2) == W * C) &&
-          (x.size(0) == 1 || x.stride(0) == x.size(2) * W * C)),
-      "winograd: ", name, " must be channels_last");
+  FASTRIS_CHECK(is_dense(x, true), "winograd: ", name, " must be channels_last");
 }
 
 // (4, 4, in, padded out) = G w Gᵀ of a weight (out, in, 3, 3); turned around, the roles of in and out exchanged, for the

@@ -25,6 +25,13 @@ def check_counts(operator: str, name: str, counts: Tensor | None, like: Tensor, 
     return counts.to(torch.int64)
 
 
+def wrong(operator: str, name: str, expected: str, value: object) -> Exception:
+    """What to raise for an argument that is no tensor (TypeError) or another one than expected (ValueError)."""
+    if not isinstance(value, Tensor):
+        return TypeError(f"{operator}: {name} must be a tensor, {expected}, got {type(value).__name__}")
+    return ValueError(f"{operator}: {name} must be {expected}, got {describe(value)}")
+
+
 def describe(tensor: Tensor) -> str:
     """Dtype and shape for a message, as in "float32 (2,64,64)"."""
     return f"{str(tensor.dtype).removeprefix('torch.')} ({','.join(map(str, tensor.shape))})"

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from fastris import backend, reference
-from fastris.ops.arguments import describe
+from fastris.ops.arguments import wrong
 from fastris.ops.conv2d_same import SameConvolution, channels_last
 from fastris.ops.lstm_gates import compute_dtype, peephole_gradient
 
@@ -372,9 +372,9 @@ def convlstm(
         ValueError: shapes, dtypes or devices that do not fit, or an unknown ``memory``; the message names the argument.
     """
     if not isinstance(x, Tensor) or x.dim() not in (4, 5) or not x.is_floating_point():
-        raise _wrong("x", "floating (T, B, Cin, H, W) or (B, Cin, H, W)", x)
+        raise wrong("convlstm", "x", "floating (T, B, Cin, H, W) or (B, Cin, H, W)", x)
     if not isinstance(weight, Tensor) or weight.dim() != 4 or weight.shape[0] % 4 or 0 in weight.shape[2:]:
-        raise _wrong("weight", "(4C, Cin + C, kh, kw)", weight)
+        raise wrong("convlstm", "weight", "(4C, Cin + C, kh, kw)", weight)
     if (x.dim() == 4) != (steps is not None):
         raise ValueError("convlstm: steps goes with a constant x of shape (B, Cin, H, W), and is needed there")
     if steps is not None and (not isinstance(steps, int) or steps < 0):
@@ -395,7 +395,7 @@ def convlstm(
         if value is None:
             continue
         if not isinstance(value, Tensor) or (name in optional and tuple(value.shape) != optional[name]):
-            raise _wrong(name, f"{optional.get(name)}", value)
+            raise wrong("convlstm", name, f"{optional.get(name)}", value)
         if value.device != x.device:
             raise ValueError(f"convlstm: {name} must be on {x.device} like x, got {value.device}")
     device = x.device.type
@@ -426,9 +426,3 @@ def convlstm(
         memory if differentiated else "none",
     )
     return outputs, last_hidden, last_cell
-
-
-def _wrong(name: str, expected: str, value: object) -> Exception:
-    if not isinstance(value, Tensor):
-        return TypeError(f"convlstm: {name} must be a tensor, {expected}, got {type(value).__name__}")
-    return ValueError(f"convlstm: {name} must be {expected}, got {describe(value)}")

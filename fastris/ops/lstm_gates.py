@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fastris import backend, reference
-from fastris.ops.arguments import describe
+from fastris.ops.arguments import wrong
 from fastris.reference.lstm_gates import lstm_gates_backward
 
 # Schema. The gradients of a bias and of peepholes are empty where there are none. The `_out` operators write into
@@ -238,7 +238,7 @@ def lstm_gates(
         ValueError: shapes, dtypes or devices that do not fit; the message names the argument.
     """
     if not isinstance(gates, Tensor) or gates.dim() != 4 or gates.shape[1] % 4 or not gates.is_floating_point():
-        raise _wrong("gates", "floating (B, 4C, H, W)", gates)
+        raise wrong("lstm_gates", "gates", "floating (B, 4C, H, W)", gates)
     batch, channels, height, width = gates.shape
     for name, value, shape in (
         ("cell_prev", cell_prev, (batch, channels // 4, height, width)),
@@ -249,16 +249,10 @@ def lstm_gates(
         if value is None and name != "cell_prev":
             continue
         if not isinstance(value, Tensor) or tuple(value.shape) != shape or not value.is_floating_point():
-            raise _wrong(name, f"floating {shape}", value)
+            raise wrong("lstm_gates", name, f"floating {shape}", value)
         if value.device != gates.device:
             raise ValueError(f"lstm_gates: {name} must be on {gates.device} like gates, got {value.device}")
     if not backend.runs_native("lstm_gates", gates.device.type):
         return reference.lstm_gates(gates, cell_prev, addend, bias, peephole)
     hidden, cell = torch.ops.fastris.lstm_gates(gates, cell_prev, addend, bias, peephole)
     return hidden, cell
-
-
-def _wrong(name: str, expected: str, value: object) -> Exception:
-    if not isinstance(value, Tensor):
-        return TypeError(f"lstm_gates: {name} must be a tensor, {expected}, got {type(value).__name__}")
-    return ValueError(f"lstm_gates: {name} must be {expected}, got {describe(value)}")
