@@ -6,10 +6,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastris.ops.conv2d_same import conv2d_same
+
+
+class _SameConv2d(nn.Conv2d):
+    """3×3, stride 1, by :func:`~fastris.ops.conv2d_same.conv2d_same`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return conv2d_same(x, self.weight)
+
 
 def _conv_block(in_channels: int, out_channels: int, stride: int = 1) -> nn.Sequential:
+    conv = nn.Conv2d if stride > 1 else _SameConv2d
     return nn.Sequential(
-        nn.Conv2d(in_channels, out_channels, 3, stride=stride, padding=1, bias=False),
+        conv(in_channels, out_channels, 3, stride=stride, padding=1, bias=False),
         nn.GroupNorm(8, out_channels),
         nn.ReLU(inplace=True),
     )

@@ -18,12 +18,19 @@ KEEP = 2
 
 
 def save_checkpoint(
-    folder: Path, step: int, model: torch.nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]
+    folder: Path,
+    step: int,
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    state: dict[str, Any],
+    average: torch.nn.Module | None = None,
 ) -> Path:
     """Write the checkpoint of a step and remove all but the newest :data:`KEEP`."""
     from safetensors.torch import save_file
 
     tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+    if average is not None:
+        tensors.update({f"average.{name}": tensor for name, tensor in average.state_dict().items()})
     for index, moments in optimizer.state_dict()["state"].items():
         tensors.update({f"optimizer.{index}.{name}": tensor for name, tensor in moments.items()})
     temporary = Path(tempfile.mkdtemp(dir=folder, prefix=".writing-"))
@@ -60,8 +67,10 @@ def read_state(path: Path) -> dict[str, Any]:
         raise InputError(f"{file}: cannot read this checkpoint: {error}") from None
 
 
-def load_checkpoint(path: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Restore model and optimiser in place.
+def load_checkpoint(
+    path: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer, average: torch.nn.Module | None = None
+) -> None:
+    """Restore model, optimiser and moving average in place.
 
     Raises:
         InputError: missing, damaged or of another architecture; the message names the file.
@@ -74,6 +83,8 @@ def load_checkpoint(path: Path, model: torch.nn.Module, optimizer: torch.optim.O
         tensors = load_file(file)
         weights = _part(tensors, "model.")
         model.load_state_dict(weights)
+        if average is not None:
+            average.load_state_dict(_part(tensors, "average."))
     except (OSError, SafetensorError, RuntimeError) as error:
         raise InputError(f"{file}: cannot load this checkpoint: {error}") from None
     moments: dict[int, dict[str, Tensor]] = {}

@@ -35,6 +35,9 @@ class TrainConfig:
         jitter: how strongly to change brightness, contrast and gamma; 1 for the transform's own ranges, 0 for not.
         grey_probability, invert_probability: how often colours become grey, and dark and bright change places.
         precision: "fp32", or "bf16" for mixed precision.
+        ema: the weights that are validated and saved are an exponential moving average of those trained, with this
+            decay a step; 0 for the weights themselves.
+        initial: a model to start from, of the same architecture: a shipped model's name or a file; empty for none.
         model: the architecture.
     """
 
@@ -61,6 +64,8 @@ class TrainConfig:
     grey_probability: float = 0.0
     invert_probability: float = 0.0
     precision: str = "fp32"
+    ema: float = 0.0
+    initial: str = ""
     model: ModelConfig = field(default_factory=ModelConfig)
 
     def __post_init__(self) -> None:
@@ -80,6 +85,8 @@ class TrainConfig:
         for name in ("grey_probability", "invert_probability"):
             if not 0 <= getattr(self, name) <= 1:
                 raise InputError(f"{name}: expected a number from 0 to 1, got {getattr(self, name)}")
+        if not 0 <= self.ema < 1:
+            raise InputError(f"ema: expected a number from 0, below 1, got {self.ema}")
         for name, allowed in (("loss_variant", ("all", "first_n")), ("precision", ("fp32", "bf16"))):
             if getattr(self, name) not in allowed:
                 raise InputError(f"{name}: expected {' or '.join(allowed)}, got {getattr(self, name)!r}")

@@ -6,10 +6,11 @@ import math
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
 from fastris import __version__
@@ -27,7 +28,7 @@ from fastris.data import (
 )
 from fastris.errors import InputError
 from fastris.imageio import make_output_directory
-from fastris.loading import save
+from fastris.loading import load, save
 from fastris.metrics import InstanceMetrics
 from fastris.nn.loss import LossTerms, RISLoss
 from fastris.nn.model import RecurrentInstanceSegmenter
@@ -80,8 +81,9 @@ class Trainer:
                 raise InputError(f"{config.data}: no images in split '{split}'")
             data.preload()  # a broken file is better found now than in an hour
         torch.manual_seed(config.seed)
-        self.model = RecurrentInstanceSegmenter(config.model).to(self.device)
+        self.model = self._new_model().to(self.device)
         self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.average = _average_of(self.model, config.ema) if config.ema else None
         self.loss = RISLoss(config.loss_variant, config.confidence_weight, config.place_weight, config.per_instance)
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=config.learning_rate)
         self.curriculum = Curriculum(config)
@@ -120,6 +122,21 @@ class Trainer:
             log.close()
         return self.out / "model.safetensors"
 
+    @property
+    def product(self) -> RecurrentInstanceSegmenter:
+        """The model that is validated and saved: the moving average where there is one."""
+        return cast(RecurrentInstanceSegmenter, self.average.module) if self.average is not None else self.model
+
+    def _new_model(self) -> RecurrentInstanceSegmenter:
+        """One of random weights, or ``initial``."""
+        config = self.config
+        if not config.initial:
+            return RecurrentInstanceSegmenter(config.model)
+        model = load(config.initial)
+        if model.config != config.model:
+            raise InputError(f"initial: {config.initial} is of another architecture than this run")
+        return model
+
     def learning_rate(self, step: int) -> float:
         """The rate of optimiser step `step`, counted from 0."""
         config = self.config
@@ -150,7 +167,7 @@ class Trainer:
         batch = self.batch(self.step, stage).to(self.device)
         self.model.train()
         self.optimizer.zero_grad(set_to_none=True)
-        terms = self._loss(batch)
+        terms = self._loss(self.model, batch)
         terms.total.backward()
         norm = self._limit_gradients()
         values = [float(term.detach()) for term in (*terms, norm)]
@@ -159,6 +176,8 @@ class Trainer:
             remedy = f"the last good checkpoint is {kept[-1]}" if kept else "there is no checkpoint yet"
             raise DivergedError(f"the loss is not finite ({values[0]}) at step {self.step}; {remedy}")
         self.optimizer.step()
+        if self.average is not None:
+            self.average.update_parameters(self.model)
         self.step += 1
         names = ("loss", "mask", "confidence", "place", "gradient_norm")
         return {
@@ -169,11 +188,11 @@ class Trainer:
             "images_per_second": len(batch) / (time.perf_counter() - start),
         }
 
-    def _loss(self, batch: Batch) -> LossTerms:
+    def _loss(self, model: RecurrentInstanceSegmenter, batch: Batch) -> LossTerms:
         most = int(batch.counts.max())
         images = batch.images.contiguous(memory_format=torch.channels_last)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
-            output = self.model(images, most + self.config.extra_steps)
+            output = model(images, most + self.config.extra_steps)
         return self.loss(output, batch.labels, batch.counts, most)
 
     def _limit_gradients(self) -> Tensor:
@@ -187,14 +206,14 @@ class Trainer:
 
     def _validate(self) -> dict[str, Any]:
         """Loss and metrics on the same held-out crops each time."""
-        self.model.eval()
+        model = self.product.eval()
         metrics = InstanceMetrics()
         losses: list[float] = []
         for batch in self._held_out():
             with torch.no_grad():
-                losses += [float(self._loss(batch.to(self.device)).total)] * len(batch)
+                losses += [float(self._loss(model, batch.to(self.device)).total)] * len(batch)
             for image, labels, name in zip(batch.images, batch.labels, batch.names, strict=True):
-                instances = self.model.predict(image)
+                instances = model.predict(image)
                 assert not isinstance(instances, list)
                 metrics.update(instances.label_map(), labels, name)
         means = metrics.compute()
@@ -220,23 +239,33 @@ class Trainer:
         if self.curriculum.update(row["loss"]):
             settings = {**self.config.to_dict(), "data": Path(self.config.data).name}  # not where on this machine
             facts = {"training": settings, "validation": row, "fastris": __version__}
-            save(self.out / "model.safetensors", self.model, facts)
+            save(self.out / "model.safetensors", self.product, facts)
         self.curriculum.advance(self.step)
         state = {
             "config": self.config.to_dict(),
             "curriculum": self.curriculum.state_dict(),
             "versions": {"fastris": __version__, "torch": torch.__version__},
         }
-        save_checkpoint(self.checkpoints, self.step, self.model, self.optimizer, state)
+        save_checkpoint(self.checkpoints, self.step, self.model, self.optimizer, state, self.average)
 
     def _restore(self, path: Path) -> None:
         state = read_state(path)
-        load_checkpoint(path, self.model, self.optimizer)
+        load_checkpoint(path, self.model, self.optimizer, self.average)
         try:
             self.step = int(state["step"])
             self.curriculum.load_state_dict(state["curriculum"])
         except (KeyError, TypeError, ValueError) as error:
             raise InputError(f"{path / 'state.json'}: damaged: {error!r}") from None
+
+
+def _average_of(model: RecurrentInstanceSegmenter, decay: float) -> AveragedModel:
+    """A moving average over some 1 / (1 − decay) steps, and over all of them while there are fewer."""
+
+    def update(averages: Any, weights: Any, count: Tensor | int) -> None:
+        share = max(1 - decay, 1 / (int(count) + 1))
+        torch._foreach_lerp_(averages, weights, share)
+
+    return AveragedModel(model, multi_avg_fn=update)
 
 
 def _generator(seed: int, stream: int, number: int) -> torch.Generator:

@@ -80,7 +80,7 @@ def test_batches_depend_on_seed_and_step_alone(config, tmp_path):
 
 
 def test_a_killed_run_resumes_to_the_same_bits(tmp_path, write_settings):
-    settings = write_settings(max_steps=40, validate_every=4)
+    settings = write_settings(max_steps=40, validate_every=4, ema=0.9)
     command = [sys.executable, "-m", "fastris", "train", "--config", str(settings), "--out"]
 
     straight, broken = tmp_path / "straight", tmp_path / "broken"
@@ -162,3 +162,27 @@ def test_the_rate_warms_up_and_falls_to_zero(config, tmp_path):
     trainer = Trainer(config, tmp_path)
     rates = [trainer.learning_rate(step) for step in range(7)]
     assert rates[0] == pytest.approx(0.5e-3) and rates[1] == pytest.approx(1e-3 * 5 / 6) and rates[6] == 0
+
+
+def test_the_average_of_the_weights_is_what_is_validated_and_saved(config, tmp_path):
+    trainer = Trainer(config.updated({"ema": 0.5, "max_steps": 3, "validate_every": 3}), tmp_path)
+    weights = []
+    for _ in range(3):
+        trainer._train_step()
+        weights.append([parameter.detach().clone() for parameter in trainer.model.parameters()])
+    averages = [(one + two) / 4 + three / 2 for one, two, three in zip(*weights, strict=True)]
+    for parameter, expected in zip(trainer.product.parameters(), averages, strict=True):
+        torch.testing.assert_close(parameter, expected)
+    trainer._keep(trainer._validate())
+    saved = fastris.load(tmp_path / "model.safetensors").state_dict()
+    for name, tensor in trainer.product.state_dict().items():
+        assert torch.equal(saved[name], tensor), name
+
+
+def test_a_run_can_start_from_a_model(config, tmp_path):
+    path = Trainer(config, tmp_path / "first").run()
+    trainer = Trainer(config.updated({"initial": str(path)}), tmp_path / "second")
+    assert all(torch.equal(one, load_file(path)[name]) for name, one in trainer.model.state_dict().items())
+    other = config.updated({"initial": str(path), "model": {"hidden_channels": 16}})
+    with pytest.raises(InputError, match="initial: .*another architecture"):
+        Trainer(other, tmp_path / "third")
