@@ -102,8 +102,9 @@ class AssignmentSolver {
       : cost_(cost), work_(work), n_(n), m_(m), padded_m_(static_cast<int32_t>(round_up(m, Lanes::width))) {}
 
   // Matches the rows in order. A row without an augmenting path is left at -1; duals and matching stay as they were,
-  // and by the exchange property no later row could have helped it. Returns whether there was none.
-  FASTRIS_INLINE bool solve() {
+  // and by the exchange property no later row could have helped it. Returns whether there was none. The first `settled`
+  // rows have their nearest columns, all different, in `col_of_row`, and those distances in `dual_row`.
+  FASTRIS_INLINE bool solve(int32_t settled = 0) {
     const Indices unmatched = Lanes::all(static_cast<Index>(-1));
     for (int32_t base = 0; base < padded_m_; base += Lanes::width) {
       const Indices home = Lanes::all(static_cast<Index>(m_ - 1)) - Lanes::numbers(base);
@@ -112,10 +113,16 @@ class AssignmentSolver {
       Lanes::store(work_.open, base, home);  // its own inverse: column m - 1 - k is at place k
       Lanes::store(work_.key, base, home + Lanes::all(static_cast<Index>(m_)));
     }
-    for (int32_t base = 0; base < n_; base += Lanes::width) Lanes::store(work_.col_of_row, base, unmatched);
+    for (int32_t row = settled + Lanes::lane(); row < n_; row += Lanes::stride()) work_.col_of_row[row] = -1;
+    Lanes::sync();
+    for (int32_t row = 0; row < settled; ++row) {
+      const Index col = work_.col_of_row[row];
+      if (Lanes::leader()) work_.row_of_col[col] = row;
+      take(col, work_.dual_row[row]);
+    }
     Lanes::sync();
     bool complete = true;
-    for (int32_t row = 0; row < n_; ++row) complete &= match(row);
+    for (int32_t row = settled; row < n_; ++row) complete &= match(row);
     return complete;
   }
 

@@ -2,7 +2,7 @@
 // but the entry points has internal linkage, so that no such code runs on a machine without those instructions.
 #pragma once
 
-#include "assignment_pack.h"
+#include "assignment_greedy.h"
 
 namespace fastris {
 
@@ -53,18 +53,22 @@ FASTRIS_INLINE int32_t solve_image(const AssignmentBatch<T>& batch, int64_t b, c
   const CostView<T> cost{batch.cost + b * batch.batch_stride, batch.row_stride, batch.col_stride, batch.maximize};
   const bool transposed = cols < rows;
   const int64_t n = transposed ? cols : rows, m = transposed ? rows : cols;
+  const CostView<T> as_solved = transposed ? cost.transposed() : cost;
   T* costs = reinterpret_cast<T*>(scratch + solver_bytes(std::min(batch.P, batch.G), std::max(batch.P, batch.G)));
   const Packed<T> packed{costs, round_up(m, N < 8 ? 8 : N), n, m};
-  int32_t status = 0;
-  if (pack(transposed ? cost.transposed() : cost, packed)) {
-    replace_invalid(packed);
-    status |= kAssignmentInvalid;
-  }
   using Lanes = VectorLanes<N>;
   const AssignmentWorkspace<typename Lanes::Index> work(scratch, round_up(n, N), packed.row_length);
-  AssignmentSolver<Lanes, PackedCost<T>> solver(
-      {packed.data, packed.row_length}, work, static_cast<int32_t>(n), static_cast<int32_t>(m));
-  if (!solver.solve()) status |= kAssignmentInfeasible;
+  const int64_t settled = settle_greedily(as_solved, n, m, work);
+  int32_t status = 0;
+  if (settled < n) {
+    if (pack(as_solved, packed)) {
+      replace_invalid(packed);
+      status |= kAssignmentInvalid;
+    }
+    AssignmentSolver<Lanes, PackedCost<T>> solver(
+        {packed.data, packed.row_length}, work, static_cast<int32_t>(n), static_cast<int32_t>(m));
+    if (!solver.solve(static_cast<int32_t>(settled))) status |= kAssignmentInfeasible;
+  }
   for (int64_t row = 0; row < n; ++row) {
     const int64_t col = work.col_of_row[row];
     if (col >= 0) col_of_row[transposed ? col : row] = transposed ? row : col;

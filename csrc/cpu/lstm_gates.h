@@ -217,19 +217,16 @@ template <int Bytes>
 FASTRIS_INLINE Vector<float, Bytes> exponential(const Vector<float, Bytes>& x) {
   using Real = Vector<float, Bytes>;
   using Int = Vector<int32_t, Bytes>;
-  const Real limit = Real{} + 87.0f;
-  Real y = x < -limit ? -limit : x;  // comparisons with NaN are false: it stays
-  y = y > limit ? limit : y;
+  const Real y = clamp<Bytes>(x, 87.0f);
   const float magic = 12583039.0f;  // 1.5 · 2²³ + 127: adding it rounds, and leaves n + 127 in the low bits
   const Real rounded = y * 1.44269504f + magic;
   const Real n = rounded - magic;
   const Real r = (y - n * 0.693359375f) + n * 2.12194440e-4f;  // ln 2 in two parts, the product with the first exact
-  Real p = Real{} + 1.9875691500e-4f;  // e^r on [−½ ln 2, ½ ln 2]
-  p = p * r + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
+  Real p = Real{} + 1.388251814e-3f;  // (e^r − 1 − r) / r² on [−½ ln 2, ½ ln 2]; e^r is then right to 2⁻²⁶
+  p = p * r + 8.366538151e-3f;
+  p = p * r + 4.166720042e-2f;
+  p = p * r + 1.666654349e-1f;
+  p = p * r + 0.5f;
   p = p * (r * r) + r + 1.0f;
   return p * (Real)((Int)rounded << 23);
 }

@@ -48,6 +48,23 @@ FASTRIS_INLINE const typename UnalignedVectorOf<T, Bytes>::type& unaligned_at(co
   return *reinterpret_cast<const typename UnalignedVectorOf<T, Bytes>::type*>(lanes);
 }
 
+// x within ± limit; NaN stays. GCC takes four instructions for the comparisons that would keep NaN, so it is told the two.
+template <int Bytes>
+FASTRIS_INLINE Vector<float, Bytes> clamp(const Vector<float, Bytes>& x, float limit) {
+  using Real = Vector<float, Bytes>;
+  const Real high = Real{} + limit, low = -high;
+  Real y;
+#if defined(__x86_64__)
+  if constexpr (Bytes >= 32) {  // where one operand is NaN the result is the first one of AT&T's order
+    asm("vmaxps %1, %2, %0" : "=v"(y) : "v"(x), "v"(low));
+    asm("vminps %1, %2, %0" : "=v"(y) : "v"(y), "v"(high));
+    return y;
+  }
+#endif
+  y = x < low ? low : x;
+  return y > high ? high : y;
+}
+
 #if defined(__x86_64__)
 
 enum class SimdLevel { baseline, avx2, avx512 };

@@ -66,6 +66,33 @@ def test_indices_are_scipys_ties_included(elements: st.SearchStrategy[float]) ->
     check()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("shape", [(8, 6), (30, 17), (33, 21)])
+def test_nearest_columns_that_differ_up_to_some_row(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    """Where all nearest are different nothing is copied; a row that breaks that may be any, in any way."""
+    random = np.random.default_rng(0)
+    many, few = shape
+    for last in range(few + 1):
+        for bad in (0.5, NAN, INF, -INF, "tie", "taken"):
+            cost = random.uniform(1, 2, shape)
+            nearest = random.permutation(many)[:few]
+            cost[nearest, range(few)] = random.uniform(0, 1, few)
+            if last < few:
+                if bad == "tie":
+                    cost[random.choice(many, 2, replace=False), last] = -1.0
+                elif bad == "taken":
+                    cost[nearest[random.integers(few)], last] = -1.0
+                else:
+                    cost[random.integers(many), last] = bad
+            batch = torch.tensor(cost, dtype=dtype)[None]
+            for maximize in (False, True):
+                given = -batch if maximize else batch
+                found = fastris.assignment(given, maximize=maximize)
+                expected = reference.assignment(given, maximize=maximize)
+                assert torch.equal(found.col_of_row, expected.col_of_row), (last, bad, maximize)
+                assert torch.equal(found.status, expected.status), (last, bad, maximize)
+
+
 @settings(deadline=None, max_examples=500)
 @given(matrices(with_anything), st.booleans())
 def test_the_backends_agree_on_inf_and_nan(cost: np.ndarray, maximize: bool) -> None:
