@@ -59,10 +59,13 @@ struct VectorLanes {
     std::memcpy(p + base, &values, sizeof values);
   }
 
-  template <typename Value>
-  static FASTRIS_INLINE void put(Value* p, int64_t index, Value value) {
-    p[index] = value;
+  // By way of its lanes: a load of lanes, one of which has just been stored alone, would wait for memory.
+  static FASTRIS_INLINE void put(double* p, int64_t index, double value) {
+    const int64_t base = index & -N;
+    store(p, base, select(numbers(base) == all(index), all(value), load(p, base)));
   }
+  // Keys are seldom loaded as lanes.
+  static FASTRIS_INLINE void put(int64_t* p, int64_t index, int64_t value) { p[index] = value; }
 
   static FASTRIS_INLINE Indices less(Reals a, Reals b) { return a < b; }
   static FASTRIS_INLINE Indices equal(Reals a, Reals b) { return a == b; }
