@@ -6,7 +6,7 @@ from fastris.nn.convlstm import ConvLSTM, ConvLSTMCell
 from fastris.nn.heads import ConfidenceHead, DynamicMaskHead, SpatialInhibition
 from fastris.nn.loss import LossTerms, Matches, RISLoss, match
 from fastris.nn.matcher import HungarianMatcher, MaskHungarianMatcher, QueryMatches
-from fastris.nn.model import RecurrentInstanceSegmenter, RISOutput
+from fastris.nn.model import RecurrentInstanceSegmenter, RISOutput, Trace
 
 __all__ = [
     "ConfidenceHead",
@@ -24,5 +24,6 @@ __all__ = [
     "RecurrentInstanceSegmenter",
     "SmallFCN",
     "SpatialInhibition",
+    "Trace",
     "match",
 ]

@@ -9,10 +9,12 @@ import warnings
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastris.errors import InputError
 from fastris.instances import Instances
 from fastris.nn.backbone import SmallFCN
 from fastris.nn.config import ModelConfig
@@ -50,6 +52,26 @@ class RISOutput(NamedTuple):
     def scores(self) -> Tensor:
         """(B, T) in [0, 1]."""
         return self.score_logits.sigmoid()
+
+
+class Trace(NamedTuple):
+    """What each step of a prediction on one image of H × W pixels saw and said, the one that stopped it included.
+
+    Attributes:
+        masks: bool (T, H, W), where the step's mask is above the threshold.
+        scores: float32 (T,), the confidences.
+        log_place: float32 (T, h, w), log-probabilities of the spatial softmax: where the step looked.
+        cell: height and width of a cell of ``log_place`` in pixels of the image.
+        found: bool (T,), whether ``predict`` counts the step as an instance.
+        stopped: whether the last step ended it; otherwise the limit on steps did.
+    """
+
+    masks: np.ndarray
+    scores: np.ndarray
+    log_place: np.ndarray
+    cell: tuple[float, float]
+    found: np.ndarray
+    stopped: bool
 
 
 class _Step(NamedTuple):
@@ -214,6 +236,43 @@ class RecurrentInstanceSegmenter(nn.Module):
             results.append(Instances(masks[keep].numpy(), scores[keep].numpy(), (height, width), name))
         return results[0] if single else results
 
+    @torch.inference_mode()
+    def trace(
+        self,
+        image: Any,
+        max_steps: int | None = None,
+        threshold: float = 0.5,
+        mask_threshold: float = 0.5,
+        min_area: int = 4,
+    ) -> Trace:
+        """The steps of :meth:`predict`, with the same arguments, on one image."""
+        from fastris.nn.inputs import as_images
+
+        images, names, single = as_images(image)
+        if not single:
+            raise InputError("image: expected one image, not a list or a batch")
+        looked_at = self._fit(images[0].unsqueeze(0), names[0])
+        (full_height, full_width), (height, width) = images[0].shape[-2:], looked_at.shape[-2:]
+        parameter = self.confidence_head.linear.weight
+        context = self._encode(looked_at.to(parameter.device, parameter.dtype))
+        memory = _Memory(None, None)
+        masks: list[Tensor] = []
+        scores: list[Tensor] = []
+        places: list[Tensor] = []
+        going = True
+        while going and len(scores) < (max_steps or self.config.max_steps):
+            step, memory = self._step(context, memory)
+            masks.append(self._masks(step.mask_logits, (height, width), (full_height, full_width), mask_threshold)[0])
+            scores.append(step.score_logits[0].float().sigmoid().cpu())
+            places.append(step.log_place[0].float().cpu())
+            going = bool(scores[-1] >= threshold)
+        drawn, confidence = torch.stack(masks), torch.stack(scores)
+        found = (confidence >= threshold) & (drawn.flatten(1).sum(1) >= min_area)
+        stride = self.config.recurrent_stride
+        log_place = torch.stack(places)[:, : -(-height // stride), : -(-width // stride)]
+        cell = stride * full_height / height, stride * full_width / width
+        return Trace(drawn.numpy(), confidence.numpy(), log_place.numpy(), cell, found.numpy(), not going)
+
     def _fit(self, images: Tensor, name: str) -> Tensor:
         """Shrink images whose longer side is over the model's limit."""
         longest = max(images.shape[-2:])
@@ -253,11 +312,8 @@ class RecurrentInstanceSegmenter(nn.Module):
             chosen = going.nonzero().squeeze(1)
             if chosen.numel() == 0:
                 break
-            logits = step.mask_logits[chosen.to(step.mask_logits.device)].float().unsqueeze(1)
-            logits = F.interpolate(logits, scale_factor=self.stride, mode="bilinear")[..., :height, :width]
-            if size != (height, width):
-                logits = F.interpolate(logits, size=size, mode="bilinear")
-            masks = (logits.sigmoid() > mask_threshold).squeeze(1).cpu()
+            logits = step.mask_logits[chosen.to(step.mask_logits.device)]
+            masks = self._masks(logits, (height, width), size, mask_threshold)
             for row, mask in zip(chosen.tolist(), masks, strict=True):
                 found[int(active[row])].append((mask, scores[row]))
             if chosen.numel() < going.numel():
@@ -274,6 +330,17 @@ class RecurrentInstanceSegmenter(nn.Module):
             (torch.stack([mask for mask, _ in one]), torch.stack([score for _, score in one])) if one else empty
             for one in found
         ]
+
+    def _masks(
+        self, logits: Tensor, looked_at: tuple[int, int], size: tuple[int, int], mask_threshold: float
+    ) -> Tensor:
+        """Logits (N, h', w') that cover a padded image of ``looked_at`` (H, W) as bool masks (N, *size) on the CPU."""
+        height, width = looked_at
+        logits = F.interpolate(logits.float().unsqueeze(1), scale_factor=self.stride, mode="bilinear")
+        logits = logits[..., :height, :width]
+        if size != looked_at:
+            logits = F.interpolate(logits, size=size, mode="bilinear")
+        return (logits.sigmoid() > mask_threshold).squeeze(1).cpu()
 
 
 def standardize(images: Tensor) -> Tensor:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
+import warnings
+
 import numpy as np
 import pytest
 import torch
@@ -127,6 +131,45 @@ def test_predict_takes_what_users_call_an_image(model, tmp_path):
 def test_predict_names_what_it_cannot_take(model, image):
     with pytest.raises(InputError, match="image: expected"):
         model.predict(image)
+
+
+@pytest.mark.parametrize(("max_side", "looked_at"), [(1024, (40, 50)), (32, (25, 32))])
+def test_a_trace_is_what_predict_did_and_the_step_that_stopped_it(model, max_side, looked_at):
+    model.config = dataclasses.replace(model.config, max_side=max_side)
+    image = torch.rand(3, 40, 50)
+    draw_nothing_at_first(model, steps=4)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that the image is shrunk
+        set_confidence(model, [[3.0], [2.0], [1.0], [-1.0]] * 2)
+        trace = model.trace(image)
+        predicted = model.predict(image)
+    assert trace.stopped and trace.found.tolist() == [False, True, True, False]
+    np.testing.assert_array_equal(trace.masks[trace.found], predicted.masks)
+    np.testing.assert_array_equal(trace.scores[trace.found], predicted.scores)
+    assert trace.scores[3] == pytest.approx(1 / (1 + np.e))
+    assert trace.cell == pytest.approx((4 * 40 / looked_at[0], 4 * 50 / looked_at[1]))
+    assert trace.log_place.shape == (4, -(-looked_at[0] // 4), -(-looked_at[1] // 4))
+    if looked_at == (40, 50):
+        set_confidence(model, [[0.0]] * 4)
+        np.testing.assert_allclose(trace.log_place, model(image[None], 4).log_place[0].detach(), rtol=1e-5)
+
+
+def draw_nothing_at_first(model, steps):
+    """Make the mask head draw nothing at the first of every so many steps, and about half the map at the others."""
+    shifts, forward = itertools.cycle([-100.0] + [0.0] * (steps - 1)), model.mask_head.forward
+
+    def shifted(*inputs):
+        logits, log_place = forward(*inputs)
+        return (logits - logits.mean()) / logits.std() + next(shifts), log_place
+
+    model.mask_head.forward = shifted
+
+
+def test_a_trace_ends_at_the_limit_without_a_stop(model):
+    trace = model.trace(torch.rand(3, 20, 30), max_steps=2, threshold=0.0, min_area=0)
+    assert not trace.stopped and trace.masks.shape == (2, 20, 30) and trace.found.all()
+    with pytest.raises(InputError, match="image: expected one"):
+        model.trace(torch.rand(1, 3, 20, 30))
 
 
 @pytest.mark.parametrize(
