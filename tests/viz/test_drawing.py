@@ -1,4 +1,4 @@
-"""Overlays, panels and contact sheets."""
+"""Overlays."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from PIL import Image
 
 from fastris.errors import InputError
 from fastris.instances import Instances
-from fastris.viz import FILL, LARGE, PALETTE, contact_sheet, overlay, panel
+from fastris.viz import overlay
+from fastris.viz.drawing import FILL, LARGE, PALETTE, fit, font_of, wrap
 
 IMAGE = np.full((64, 80, 3), 100, np.uint8)
 LABELS = np.zeros((64, 80), np.int32)
@@ -90,19 +91,12 @@ def test_other_sizes_and_types_are_refused() -> None:
         overlay(IMAGE.astype(np.int64), LABELS)
 
 
-def test_a_panel_has_a_third_picture_only_with_ground_truth() -> None:
-    two = panel(IMAGE, Instances.from_label_map(LABELS), title="a title " * 100)
-    three = panel(IMAGE, LABELS, LABELS, title="a")
-    assert three.width > two.width * 1.4
-    assert three.height == two.height
-    assert panel(IMAGE, LABELS).height < two.height
-    assert panel(IMAGE, np.zeros_like(LABELS), np.zeros_like(LABELS)).size == (three.width, panel(IMAGE, LABELS).height)
-
-
-def test_a_contact_sheet_holds_every_panel() -> None:
-    panels = [Image.new("RGB", (300, 100), (k, 0, 0)) for k in range(10, 15)]
-    sheet = np.asarray(contact_sheet(panels, title="a"))
-    assert set(range(10, 15)) <= set(np.unique(sheet[:, :, 0][(sheet[:, :, 1] == 0)]).tolist())
-    assert contact_sheet(panels, columns=1).height > contact_sheet(panels, columns=2).height
-    with pytest.raises(InputError, match="panel"):
-        contact_sheet([])
+def test_text_is_cut_or_wrapped_to_the_width() -> None:
+    text = "a line of words that is longer than it may be"
+    for width in (60, 100, 1000):
+        assert font_of(14).getlength(fit(text, width, 14)) <= width
+        lines = wrap(text, width, 14)
+        assert all(font_of(14).getlength(line) <= width for line in lines)
+        assert " ".join(lines) == text
+    assert fit(text, 1000, 14) == text
+    assert fit(text, 100, 14).startswith("a line") and fit(text, 100, 14).endswith("…")
