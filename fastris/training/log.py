@@ -1,11 +1,14 @@
-"""What a run writes down: CSV always, TensorBoard where it is installed."""
+"""What a run writes down: CSV always, TensorBoard and a picture of the curves where those packages are installed."""
 
 from __future__ import annotations
 
 import csv
+import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from fastris.errors import InputError
 from fastris.imageio import atomic_write
 
 
@@ -39,7 +42,13 @@ class CsvLog:
 
 
 class RunLog:
-    """``train.csv``, ``validation.csv`` and, with the package tensorboard, ``tensorboard/`` in a run's folder."""
+    """``train.csv`` and ``validation.csv`` in a run's folder.
+
+    With the package tensorboard also ``tensorboard/``; with matplotlib ``curves.png``, drawn anew at the end and at a
+    validation at most once a minute, as drawing takes half a second.
+    """
+
+    redraw_after = 60.0  # seconds
 
     train_columns = (
         "step",
@@ -58,6 +67,8 @@ class RunLog:
         self._train = CsvLog(out / "train.csv", self.train_columns, step)
         self._validation = CsvLog(out / "validation.csv", self.validation_columns, step)
         self._board = _summary_writer(out / "tensorboard", step)
+        self._out = out
+        self._drawn = time.monotonic()
 
     def train(self, row: dict[str, Any]) -> None:
         """One optimiser step."""
@@ -68,6 +79,8 @@ class RunLog:
         """One validation."""
         self._validation.add(row)
         self._scalars("validation", row)
+        if time.monotonic() - self._drawn >= self.redraw_after:
+            self._draw()
 
     def close(self) -> None:
         """Close the files."""
@@ -75,6 +88,14 @@ class RunLog:
         self._validation.close()
         if self._board is not None:
             self._board.close()
+        self._draw()
+
+    def _draw(self) -> None:
+        from fastris.viz import save_training_curves
+
+        with suppress(InputError, OSError):  # no matplotlib, no step yet, no room: the run goes on without the picture
+            save_training_curves(self._out, self._out / "curves.png")
+        self._drawn = time.monotonic()
 
     def _scalars(self, group: str, row: dict[str, Any]) -> None:
         if self._board is not None:

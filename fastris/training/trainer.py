@@ -47,9 +47,9 @@ class DivergedError(RuntimeError):
 class Trainer:
     """Trains a model and keeps everything about the run in one folder.
 
-    The folder gets ``model.safetensors`` (the lowest validation loss of the latest stage), ``checkpoints/``,
-    ``train.csv``, ``validation.csv`` and ``tensorboard/``. A batch depends on the seed and the step only, so a resumed
-    run is the run that was not interrupted; on the CPU bit for bit.
+    The folder gets ``model.safetensors`` (the lowest validation loss of the latest stage), ``checkpoints/`` and the
+    files of a :class:`~fastris.training.log.RunLog`. A batch depends on the seed and the step only, so a resumed run is
+    the run that was not interrupted; on the CPU bit for bit.
 
     Args:
         config: the settings.

@@ -1,6 +1,15 @@
-"""Pictures: overlays and panels."""
+"""Pictures: overlays, panels, (Pillow), the curves of a training run (matplotlib)."""
 
+from fastris.viz.curves import save_training_curves, training_curves
 from fastris.viz.drawing import overlay
 from fastris.viz.panels import FigureRow, contact_sheet, figure_panel, panel
 
-__all__ = ["FigureRow", "contact_sheet", "figure_panel", "overlay", "panel"]
+__all__ = [
+    "FigureRow",
+    "contact_sheet",
+    "figure_panel",
+    "overlay",
+    "panel",
+    "save_training_curves",
+    "training_curves",
+]

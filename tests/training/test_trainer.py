@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from fastris.data import collate
 from fastris.metrics import InstanceMetrics
 from fastris.training import DivergedError, TrainConfig, Trainer
 from fastris.training.checkpoints import list_checkpoints
+from fastris.training.log import RunLog
 
 
 def rows(path: Path) -> list[dict[str, str]]:
@@ -186,3 +188,44 @@ def test_a_run_can_start_from_a_model(config, tmp_path):
     other = config.updated({"initial": str(path), "model": {"hidden_channels": 16}})
     with pytest.raises(InputError, match="initial: .*another architecture"):
         Trainer(other, tmp_path / "third")
+
+
+def test_a_run_leaves_a_picture_of_its_curves(config, tmp_path):
+    from PIL import Image
+
+    Trainer(config, tmp_path).run()
+    with Image.open(tmp_path / "curves.png") as picture:
+        assert picture.width > picture.height > 100
+
+
+def test_curves_are_drawn_at_a_validation_at_most_once_a_minute(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr("fastris.viz.save_training_curves", lambda run, path: drawn.append(path))
+    now = iter([0.0, 59.0, 61.0, 62.0, 120.0, 123.0, 124.0, 130.0])
+    monkeypatch.setattr("fastris.training.log.time", SimpleNamespace(monotonic=lambda: next(now)))
+    log = RunLog(tmp_path)
+    row = dict.fromkeys(RunLog.validation_columns, 1)
+    for expected in (0, 1, 1, 2):  # after 59 s; 61 s, drawn by 62; 58 s later; 61 s later, drawn by 124
+        log.validation(row)
+        assert len(drawn) == expected
+    log.close()
+    assert drawn == [tmp_path / "curves.png"] * 3
+
+
+def test_a_run_without_matplotlib_goes_on_without_the_picture(config, tmp_path, monkeypatch):
+    for module in ("matplotlib", "matplotlib.figure"):
+        monkeypatch.setitem(sys.modules, module, None)
+    assert Trainer(config, tmp_path).run().is_file()
+    assert not (tmp_path / "curves.png").exists()
+
+
+def test_a_picture_that_cannot_be_written_does_not_end_the_run(tmp_path, monkeypatch):
+    def full(run, path):
+        raise OSError("disk full")
+
+    monkeypatch.setattr("fastris.viz.save_training_curves", full)
+    log = RunLog(tmp_path)
+    log.redraw_after = 0.0
+    log.validation(dict.fromkeys(RunLog.validation_columns, 1))
+    log.close()
+    assert (tmp_path / "validation.csv").read_text().count("\n") == 2
