@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import json
 import os
 import subprocess
@@ -17,6 +18,7 @@ from PIL import Image
 
 import fastris
 from fastris.cli import main
+from fastris.commands.evaluate import spread
 from fastris.commands.predict import expand, output_stems
 from fastris.imageio import read_label_map, write_label_map
 from fastris.instances import Instances
@@ -86,7 +88,7 @@ def test_help_imports_nothing_heavy() -> None:
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert out.splitlines()[-1] == "[]"
-    for command in ("demo", "train", "predict", "evaluate", "info"):
+    for command in ("demo", "train", "curves", "predict", "evaluate", "info"):
         assert command in out
 
 
@@ -107,6 +109,9 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
         ["predict", "--backend", "other", "a.png"],
         ["evaluate"],
         ["evaluate", "--data", "leaves", "--size", "1x2x3"],
+        ["evaluate", "--data", "leaves", "--figure", "0"],
+        ["evaluate", "--data", "leaves", "--figure", "many"],
+        ["curves"],
     ],
 )
 def test_wrong_options_exit_with_2(argv: list[str]) -> None:
@@ -180,6 +185,31 @@ def test_predict_with_a_real_model(tmp_path: Path, weights: str) -> None:
     (row,) = rows(out)
     assert row["count"] <= 2
     assert read_label_map(out / "a_label.png").shape == (50, 70)
+
+
+def test_predict_draws_the_steps_of_each_image(tmp_path: Path, weights: str) -> None:
+    from fastris.viz import step_strip
+
+    folder, out = tmp_path / "in", tmp_path / "in"  # into the folder of the images: its pictures are no input
+    picture(folder / "a.png", (50, 70, 3))
+    argv = ["predict", str(folder), "--weights", weights, "--out", str(out), "--figure", "--max-steps", "2"]
+    for _ in range(2):
+        assert main([*argv, "--threshold", "0.25"]) == 0
+        (row,) = rows(out)
+        assert row["steps"] == "a_steps.png"
+    image = np.asarray(Image.open(folder / "a.png"))
+    expected = step_strip(fastris.load(weights), image, max_steps=2, threshold=0.25, title="a.png")
+    np.testing.assert_array_equal(np.asarray(Image.open(out / "a_steps.png")), np.asarray(expected))
+    assert not list(out.glob(".*"))
+
+
+def test_predict_says_once_that_an_image_is_shrunk(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save(tmp_path / "near.safetensors", RecurrentInstanceSegmenter(dataclasses.replace(SMALL, max_side=32)))
+    argv = ["predict", str(picture(tmp_path / "a.png", (50, 70, 3))), "--weights", str(tmp_path / "near.safetensors")]
+    assert main([*argv, "--out", str(tmp_path / "out"), "--figure"]) == 0
+    assert (tmp_path / "out" / "a_steps.png").exists()
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "70x50 pixels are looked at as 32x22" in line
 
 
 @pytest.mark.usefixtures("finder")
@@ -368,6 +398,90 @@ def test_evaluate_writes_metrics_rows_and_settings(
     assert report["metrics"]["images"] == len(report["images"]) == 4
     mean = sum(row["sbd"] for row in report["images"]) / 4
     assert report["metrics"]["sbd"] == pytest.approx(mean)
+
+
+@pytest.mark.parametrize("options", [[], ["2"], ["1"], ["9"]])
+def test_evaluate_draws_images_from_the_worst_to_the_best(
+    tmp_path: Path, weights: str, capsys: pytest.CaptureFixture[str], options: list[str]
+) -> None:
+    from fastris.data import open_dataset
+    from fastris.viz import FigureRow, figure_panel
+
+    argv = ["evaluate", "--data", "leaves:4", "--split", "all", "--weights", weights, "--max-steps", "3"]
+    assert main([*argv, "--out", str(tmp_path), "--figure", *options]) == 0
+    assert f"wrote {tmp_path / 'figure.png'}" in capsys.readouterr().out.splitlines()
+    scores = {row["name"]: row["sbd"] for row in json.loads((tmp_path / "evaluate.json").read_text())["images"]}
+    ordered = sorted(scores, key=lambda name: scores[name])
+    titles = {0: "worst", 1: "median", 2: "rank 3", 3: "best"}
+    chosen = {"": [0, 1, 3], "2": [0, 3], "1": [1], "9": [0, 1, 2, 3]}["".join(options)]
+    samples = {sample.name: sample for sample in open_dataset("leaves:4", "all")}
+    model = fastris.load(weights)
+    expected = figure_panel(
+        [
+            FigureRow(
+                samples[ordered[rank]].image,
+                model.predict(samples[ordered[rank]].image, max_steps=3).label_map(),  # type: ignore[union-attr]
+                samples[ordered[rank]].labels.numpy(),
+                title=f"SBD {scores[ordered[rank]]:.2f}, {titles[rank]} of 4: {ordered[rank]}",
+            )
+            for rank in chosen
+        ]
+    )
+    np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "figure.png")), np.asarray(expected))
+
+
+def test_a_figure_spans_the_ranks_of_the_scores() -> None:
+    scores = [0.5, 0.9, 0.1, 0.5, 0.7]
+    assert spread(scores, 3) == [
+        (2, "SBD 0.10, worst of 5"),
+        (3, "SBD 0.50, median of 5"),
+        (1, "SBD 0.90, best of 5"),
+    ]
+    assert [index for index, _ in spread(scores, 7)] == [2, 0, 3, 4, 1]
+    assert spread(scores, 1) == [(3, "SBD 0.50, median of 5")]
+    assert [index for index, _ in spread(scores[:1], 3)] == [0]
+
+
+def test_evaluate_draws_the_right_images_where_one_is_bad(tmp_path: Path, weights: str) -> None:
+    from fastris.viz import FigureRow, figure_panel
+
+    for name in ("a", "b", "c"):
+        labelled(tmp_path / "in", name)
+    truncated(tmp_path / "in" / "a_rgb.png")
+    argv = ["evaluate", "--data", str(tmp_path / "in"), "--split", "all", "--weights", weights, "--max-steps", "1"]
+    assert main([*argv, "--out", str(tmp_path), "--figure", "1"]) == 2
+    image = np.asarray(Image.open(tmp_path / "in" / "b_rgb.png"))
+    found = fastris.load(weights).predict(image, max_steps=1).label_map()  # type: ignore[union-attr]
+    truth = read_label_map(tmp_path / "in" / "b_label.png")
+    (row,) = [row for row in json.loads((tmp_path / "evaluate.json").read_text())["images"] if row["name"] == "b"]
+    expected = figure_panel([FigureRow(image, found, truth, title=f"SBD {row['sbd']:.2f}, worst of 2: b")])
+    np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "figure.png")), np.asarray(expected))
+
+
+def test_curves_are_drawn_of_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run, other = tmp_path / "run", tmp_path / "deep" / "other"
+    assert main(["curves", str(run)]) == 2
+    (line,) = errors(capsys)
+    assert str(run / "train.csv") in line
+    run.mkdir()
+    (run / "train.csv").write_text("step,stage,loss,learning_rate\n1,1,0.5,0.1\n")
+    (run / "validation.csv").write_text("step,stage,loss,sbd,dic\n1,1,0.5,0.6,2\n")
+    assert main(["curves", str(run)]) == 0
+    assert main(["curves", str(run), "--out", str(other)]) == 0
+    assert capsys.readouterr().out == f"wrote {run / 'curves.png'}\nwrote {other / 'curves.png'}\n"
+    pictures = [np.asarray(Image.open(folder / "curves.png")) for folder in (run, other)]
+    np.testing.assert_array_equal(*pictures)
+    assert {path.name for path in run.iterdir()} == {"train.csv", "validation.csv", "curves.png"}
+
+
+def test_curves_without_matplotlib(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in ("matplotlib", "matplotlib.figure"):
+        monkeypatch.setitem(sys.modules, module, None)
+    assert main(["curves", str(tmp_path)]) == 2
+    (line,) = errors(capsys)
+    assert "fastris[curves]" in line
 
 
 def labelled(folder: Path, name: str) -> tuple[Path, Path]:

@@ -7,6 +7,7 @@ import csv
 import glob
 import json
 import os
+import warnings
 from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,11 +16,15 @@ from fastris.commands.common import add_model_options, complain, find_instances,
 from fastris.errors import InputError
 
 if TYPE_CHECKING:
+    import numpy as np
+    from PIL import Image
+
     from fastris.instances import Instances
+    from fastris.nn.model import RecurrentInstanceSegmenter
 
 HELP = "find, outline and count the objects in images"
 SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".gif", ".webp", ".ppm", ".pgm")
-NOT_INPUT = ("_label.png", "_overlay.png")  # in a folder: label maps, and what an earlier run wrote
+NOT_INPUT = ("_label.png", "_overlay.png", "_steps.png")  # in a folder: label maps, and what an earlier run wrote
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,6 +33,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", action="append", default=[], metavar="PATH", help="one more INPUT")
     parser.add_argument("--out", default="fastris-predict", metavar="DIR", help="where to write (fastris-predict)")
     parser.add_argument("--coco", action="store_true", help="also write coco.json, with RLE masks (needs pycocotools)")
+    parser.add_argument(
+        "--figure", action="store_true", help="also write *_steps.png: where each step looks, its mask and confidence"
+    )
     add_model_options(parser)
 
 
@@ -61,6 +69,9 @@ def run(args: argparse.Namespace) -> int:
             files = {"label": f"{stem}_label.png", "overlay": f"{stem}_overlay.png"}
             write_label_map(out / files["label"], instances.label_map())
             write_image(out / files["overlay"], instances.plot(image))
+            if args.figure:
+                files["steps"] = f"{stem}_steps.png"
+                write_image(out / files["steps"], draw_steps(model, image, path.name, args))
             rows.append({**instances.summary(), **files})
             if coco:
                 coco.add(instances)
@@ -71,6 +82,17 @@ def run(args: argparse.Namespace) -> int:
             coco.write(out / "coco.json")
     print(f"\n{len(rows)} image{'' if len(rows) == 1 else 's'}, wrote {out}")
     return 2 if failed else 0
+
+
+def draw_steps(
+    model: RecurrentInstanceSegmenter, image: np.ndarray, title: str, args: argparse.Namespace
+) -> Image.Image:
+    """The picture of ``--figure``; what the model warns about has been said when it predicted."""
+    from fastris.viz import step_strip
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return step_strip(model, image, args.max_steps, args.threshold, title)
 
 
 def expand(inputs: list[str]) -> tuple[list[Path], list[InputError]]:
