@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import csv
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +18,17 @@ if TYPE_CHECKING:
     from fastris.nn.model import RecurrentInstanceSegmenter
 
 HELP = "measure a model on labelled images"
+
+# Columns of the printed tables, and their keys in what is computed.
+METRICS = {
+    **{"SBD": "sbd", "FBD": "fbd", "DiC": "signed_dic", "|DiC|": "dic"},
+    **{"mAP": "map", "AP@0.5": "ap50", "images": "images"},
+}
+REGION = {**{f"@0.{k}": f"apr{k}0" for k in range(5, 10)}, "mean": "apr", "vol": "apr_vol"}
+COCO = {
+    **{"AP": "ap", "AP50": "ap50", "AP75": "ap75", "AP_S": "ap_small", "AP_M": "ap_medium", "AP_L": "ap_large"},
+    **{"AR1": "ar1", "AR10": "ar10", "AR100": "ar100", "AR_S": "ar_small", "AR_M": "ar_medium", "AR_L": "ar_large"},
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -41,15 +54,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="also write figure.png: N images from the worst to the best by SBD, at equal steps of rank (3)",
     )
+    parser.add_argument(
+        "--coco", action="store_true", help="also COCO's AP and AR, and its JSON files (needs pycocotools)"
+    )
     add_model_options(parser)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Predict every image, print the table, write evaluate.json."""
+    """Predict every image, print the tables, write evaluate.json and evaluate.csv; 2 if an image could not be read."""
     from fastris.data import open_dataset
-    from fastris.imageio import atomic_write, make_output_directory
-    from fastris.metrics import InstanceMetrics
+    from fastris.imageio import make_output_directory
+    from fastris.instances import require_pycocotools
+    from fastris.metrics import CocoMetrics, InstanceMetrics
 
+    if args.coco:
+        require_pycocotools()
     out = make_output_directory(args.out)
     options: dict[str, Any] = {"max_instances": args.max_instances, "size": args.size}
     if args.seed is not None:
@@ -59,6 +78,7 @@ def run(args: argparse.Namespace) -> int:
     dataset = open_dataset(args.data, args.split, **{key: value for key, value in options.items() if value is not None})
     model = load_model(args)
     metrics = InstanceMetrics()
+    coco = CocoMetrics() if args.coco else None
     failed = 0
     measured: list[int] = []  # the index of each row of the metrics
     for index in range(len(dataset)):
@@ -69,31 +89,54 @@ def run(args: argparse.Namespace) -> int:
             failed += 1
             continue
         instances = find_instances(model, sample.image, sample.name, args)
-        metrics.update(instances.label_map(), sample.labels.numpy(), sample.name)
+        metrics.update(instances, sample.labels, sample.name)
+        if coco:
+            coco.update(instances, sample.labels, sample.name)
         measured.append(index)
     if not metrics.rows:
         raise InputError(f"{args.data}: no image to evaluate in split '{args.split}' with these options")
 
-    means = metrics.compute()
-    print(
-        table(
-            ("model", "SBD", "|DiC|", "mAP", "AP@0.5", "images"),
-            [(args.weights, means["sbd"], means["dic"], means["map"], means["ap50"], int(means["images"]))],
-        )
-    )
     settings = {
         key: getattr(args, key)
         for key in ("data", "split", "max_instances", "size", "seed", "weights", "threshold", "max_steps")
     }
+    means = metrics.compute()
+    tables = [("model", METRICS, means), ("AP^r", REGION, means)]
     report = {"settings": settings, "metrics": means, "failed": failed, "images": metrics.rows}
-    path = out / "evaluate.json"
-    with atomic_write(path) as temporary:
-        temporary.write_text(json.dumps(report, indent=1) + "\n")
-    print(f"\nwrote {path}")
+    written = [out / "evaluate.json", out / "evaluate.csv"]
+    if coco:
+        numbers = coco.compute()
+        tables.append(("COCO", COCO, numbers))
+        report["coco"] = {key: None if math.isnan(value) else value for key, value in numbers.items()}
+        written += [out / "coco-ground-truth.json", out / "coco-results.json"]
+        _write_json(written[2], coco.ground_truth())
+        _write_json(written[3], coco.results())
+    _write_json(written[0], report, indent=1)
+    _write_rows(written[1], metrics.rows)
+    for title, columns, values in tables:
+        print(table((title, *columns), [(args.weights, *[values[key] for key in columns.values()])]) + "\n")
+    print(f"wrote {', '.join(map(str, written))}")
     if args.figure:
         chosen = spread([row["sbd"] for row in metrics.rows], args.figure)
         write_figure(out / "figure.png", [(dataset[measured[row]], title) for row, title in chosen], model, args)
     return 2 if failed else 0
+
+
+def _write_json(path: Path, content: Any, indent: int | None = None) -> None:
+    from fastris.imageio import atomic_write
+
+    with atomic_write(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=indent, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
+    """One line an image."""
+    from fastris.imageio import atomic_write
+
+    with atomic_write(path) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
 
 
 def spread(scores: Sequence[float], number: int) -> list[tuple[int, str]]:

@@ -207,7 +207,7 @@ class Trainer:
     def _validate(self) -> dict[str, Any]:
         """Loss and metrics on the same held-out crops each time."""
         model = self.product.eval()
-        metrics = InstanceMetrics()
+        metrics = InstanceMetrics(sync_on_compute=False)
         losses: list[float] = []
         for batch in self._held_out():
             with torch.no_grad():
