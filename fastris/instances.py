@@ -104,11 +104,15 @@ class Instances:
             InputError: pycocotools is not installed.
         """
         encode = require_pycocotools().encode
+        canvas = np.zeros(self.size, np.uint8, order="F")  # COCO counts along columns; only the box is transposed
         results = []
         for mask, score, area, (x0, y0, x1, y1) in zip(
             self.masks, self.scores, self.areas, self.boxes.tolist(), strict=True
         ):
-            rle = encode(np.asfortranarray(mask, dtype=np.uint8))
+            box = slice(int(y0), int(y1)), slice(int(x0), int(x1))
+            canvas[box] = mask[box]
+            rle = encode(canvas)
+            canvas[box] = 0
             results.append(
                 {
                     "image_id": image_id,
