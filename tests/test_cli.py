@@ -351,10 +351,11 @@ def test_coco_without_pycocotools_stops_before_any_work(
 ) -> None:
     monkeypatch.setitem(sys.modules, "pycocotools", None)
     out = tmp_path / "out"
-    assert main(["predict", str(picture(tmp_path / "a.png")), "--coco", "--out", str(out)]) == 2
-    (line,) = errors(capsys)
-    assert "fastris[coco]" in line
-    assert not out.exists()
+    for command in (["predict", str(picture(tmp_path / "a.png"))], ["evaluate", "--data", "leaves:2"]):
+        assert main([*command, "--coco", "--out", str(out)]) == 2
+        (line,) = errors(capsys)
+        assert "fastris[coco]" in line
+        assert not out.exists()
 
 
 def test_no_input_and_no_such_device(tmp_path: Path, weights: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -390,14 +391,61 @@ def test_evaluate_writes_metrics_rows_and_settings(
     argv = ["evaluate", "--data", "leaves:4", "--split", "all", "--seed", "1", "--weights", weights, "--out", str(out)]
     assert main(argv) == 0
     printed = capsys.readouterr().out
-    for column in ("SBD", "|DiC|", "mAP", "AP@0.5", "images"):
-        assert column in printed
+    for column in ("SBD", "FBD", "DiC", "|DiC|", "mAP", "AP@0.5", "images", "AP^r", "@0.5", "@0.9", "mean", "vol"):
+        assert column in printed.split()
+    assert {path.name for path in out.iterdir()} == {"evaluate.json", "evaluate.csv"}
     report = json.loads((out / "evaluate.json").read_text())
     assert report["settings"]["data"] == "leaves:4"
     assert report["settings"]["seed"] == 1
     assert report["metrics"]["images"] == len(report["images"]) == 4
     mean = sum(row["sbd"] for row in report["images"]) / 4
     assert report["metrics"]["sbd"] == pytest.approx(mean)
+    assert f"{mean:.3f}" in printed.split()
+    assert "coco" not in report
+    with (out / "evaluate.csv").open(newline="") as file:
+        lines = list(csv.DictReader(file))
+    assert lines == [{key: str(value) for key, value in row.items()} for row in report["images"]]
+
+
+@pytest.mark.usefixtures("finder")
+def test_evaluate_ranks_whole_masks_by_score(tmp_path: Path, weights: str) -> None:
+    """Two rectangles of scores 0.9 and 0.75 that overlap: whole masks count for AP^r and COCO, not the label map."""
+    picture(tmp_path / "in" / "a_rgb.png")
+    first, second = two_boxes(None, np.zeros((32, 40, 3))).masks
+    target = np.where(second, 2, 0)  # the second alone, whole
+    write_label_map(tmp_path / "in" / "a_label.png", target)
+    out = tmp_path / "out"
+    argv = ["evaluate", "--data", str(tmp_path / "in"), "--split", "all", "--weights", weights, "--out", str(out)]
+    assert main([*argv, "--coco"]) == 0
+    report = json.loads((out / "evaluate.json").read_text())
+    assert (first & second).any()
+    assert report["metrics"]["apr90"] == pytest.approx(1 / 2)  # wrong, then right
+    assert report["coco"]["ap"] == pytest.approx(1 / 2)
+
+
+@pytest.mark.usefixtures("finder")
+def test_evaluate_coco_writes_what_pycocotools_reads(
+    tmp_path: Path, weights: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    coco = pytest.importorskip("pycocotools.coco").COCO
+    labelled(tmp_path / "in", "a")
+    labelled(tmp_path / "in", "b")
+    out = tmp_path / "out"
+    argv = ["evaluate", "--data", str(tmp_path / "in"), "--split", "all", "--weights", weights, "--out", str(out)]
+    assert main([*argv, "--coco"]) == 0
+    printed = capsys.readouterr().out
+    for column in ("COCO", "AP", "AP50", "AP75", "AP_S", "AP_M", "AP_L", "AR1", "AR10", "AR100", "AR_S", "AR_M"):
+        assert column in printed.split()
+    assert "index created" not in printed
+    numbers = json.loads((out / "evaluate.json").read_text())["coco"]
+    assert numbers["ap50"] == pytest.approx(1)  # the label map hides a quarter of the second: IoU 0.72 or so
+    assert 0 < numbers["ap"] < 1
+    assert numbers["ap_large"] is None  # NaN is no JSON
+    truth = coco(str(out / "coco-ground-truth.json"))
+    found = truth.loadRes(str(out / "coco-results.json"))
+    assert [image["file_name"] for image in truth.imgs.values()] == ["a", "b"]
+    assert len(truth.anns) == len(found.anns) == 4
+    assert [one["score"] for one in found.anns.values()] == [pytest.approx(score) for score in (0.9, 0.75) * 2]
 
 
 @pytest.mark.parametrize("options", [[], ["2"], ["1"], ["9"]])
