@@ -8,13 +8,12 @@ from fastris.metrics.count import absolute_difference_in_count, difference_in_co
 from fastris.metrics.dice import best_dice, foreground_background_dice, symmetric_best_dice
 from fastris.metrics.instance_metrics import InstanceMetrics
 from fastris.metrics.metric import Metric
-from fastris.metrics.overlap import VOID, Overlap, overlap
+from fastris.metrics.overlap import Overlap, overlap
 from fastris.metrics.region import REGION_THRESHOLDS, AveragePrecisionRegion
 
 __all__ = [
     "REGION_THRESHOLDS",
     "THRESHOLDS",
-    "VOID",
     "AveragePrecisionRegion",
     "CocoMetrics",
     "InstanceMetrics",

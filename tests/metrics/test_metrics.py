@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -27,6 +28,7 @@ from fastris.metrics import (
     overlap,
     symmetric_best_dice,
 )
+from fastris.metrics.coco import KEYS as COCO_KEYS
 
 # Two targets of 4 pixels; one prediction covers the first and 2 pixels more, one shares 1 pixel with the
 # second, one hits nothing.
@@ -279,6 +281,11 @@ class TestInstanceMetrics:
                 metrics.update(*pairs[index])
             values.append(metrics.compute())
         assert values[0] == values[1]
+
+    def test_every_key_is_documented(self):
+        text = (Path(__file__).parents[2] / "docs" / "metrics.md").read_text(encoding="utf-8")
+        computed = set(InstanceMetrics().compute()) - {"images", "apr60", "apr70", "apr80"}  # "`apr50` … `apr90`"
+        assert [key for key in (*computed, *COCO_KEYS) if f"`{key}`" not in text] == []
 
     def test_reset_and_no_images(self):
         metrics = InstanceMetrics()
