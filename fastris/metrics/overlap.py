@@ -10,6 +10,7 @@ import numpy as np
 from torch import Tensor
 
 from fastris.errors import InputError
+from fastris.instances import Instances
 
 LabelMap: TypeAlias = "np.ndarray | Tensor"
 
@@ -64,23 +65,22 @@ def overlap(pred: LabelMap, target: LabelMap) -> Overlap:
     return Overlap(intersection, pred_areas[rows], target_areas[columns], joint[2:, 0][rows])
 
 
-def overlap_of_masks(masks: np.ndarray, target: LabelMap) -> Overlap:
+def overlap_of_instances(pred: Instances, target: LabelMap) -> Overlap:
     """:func:`overlap` of predicted masks that may share pixels; each keeps its row, an empty one too.
 
     Args:
-        masks: bool (P, H, W).
+        pred: P instances.
         target: integers (H, W), 0 = background, −1 = void.
 
     Raises:
         InputError: as for :func:`overlap`.
     """
     ids, count = _compact(target, "target")
-    _check_sizes(masks.shape[1:], ids.shape)
-    flat = ids.reshape(-1)
-    joint = np.empty((len(masks), count + 2), np.int64)
-    for row, mask in zip(joint, masks, strict=True):
-        row[:] = np.bincount(flat[mask.reshape(-1)], minlength=count + 2)
-    target_areas = np.bincount(flat, minlength=count + 2)[2:]
+    _check_sizes(pred.size, ids.shape)
+    joint = np.empty((len(pred), count + 2), np.int64)
+    for row, mask in zip(joint, pred.masks, strict=True):
+        row[:] = np.bincount(ids[mask], minlength=count + 2)
+    target_areas = np.bincount(ids.reshape(-1), minlength=count + 2)[2:]
     return Overlap(joint[:, 2:], joint[:, 1:].sum(1), target_areas, joint[:, 0])
 
 

@@ -13,7 +13,7 @@ import torch
 
 from fastris.instances import Instances
 from fastris.metrics.metric import Metric
-from fastris.metrics.overlap import LabelMap, Overlap, overlap, overlap_of_masks
+from fastris.metrics.overlap import LabelMap, Overlap, overlap, overlap_of_instances
 
 REGION_THRESHOLDS = tuple(k / 10 for k in range(1, 10))
 
@@ -52,7 +52,7 @@ class AveragePrecisionRegion(Metric):
             InputError: not an integer (H, W) label map, an id below −1, or two different shapes.
         """
         if isinstance(pred, Instances):
-            self.update_from(overlap_of_masks(pred.masks, target), pred.scores)
+            self.update_from(overlap_of_instances(pred, target), pred.scores)
         else:
             self.update_from(overlap(pred, target))
 
