@@ -147,14 +147,11 @@ class TestByHand:
         assert values["apr_vol"] == pytest.approx(6 / 9)
 
     def test_a_detection_takes_the_best_target_that_is_left(self):
-        both = instances([0.9, 0.8], "###.....", "####....")
-        # 3/4 with target 1 for the first; the second's best, 1, is taken, and target 2 shares nothing with it
-        assert measured([(both, target("1111...2"))])["apr50"] == pytest.approx(1 / 2)
-        # at 0.1 the second is right about target 2, which shares 1 of 5 pixels with it
-        values = measured([(instances([0.9, 0.8], "###.....", "####...."), target("111.2..."))])
-        assert values["apr_vol"] == pytest.approx(1 / 2)
-        values = measured([(instances([0.9, 0.8], "###.....", "####...."), target("1112...."))])
-        assert values["apr_vol"] == pytest.approx((2 * 1 + 7 / 2) / 9)  # IoU 1/4: right at 0.1 and 0.2
+        pred = instances([0.9, 0.8], "###.....", "####....")
+        # IoU 3/4 and 1 with target 1: the better one comes too late
+        assert measured([(pred, target("1111...2"))])["apr50"] == pytest.approx(1 / 2)
+        # the second's best, 3/4 with target 1, is taken: it is left target 2, with 1/4, enough at 0.1 and 0.2
+        assert measured([(pred, target("1112...."))])["apr_vol"] == pytest.approx((2 * 1 + 7 / 2) / 9)
 
     def test_equal_scores_are_one_point(self):
         right, wrong = instances([0.5], "##.."), instances([0.5], "..##")
