@@ -25,7 +25,33 @@ def _conv_block(in_channels: int, out_channels: int, stride: int = 1) -> nn.Sequ
     )
 
 
-class SmallFCN(nn.Module):
+class Backbone(nn.Module):
+    """What the segmenter asks of a feature network.
+
+    Attributes:
+        stride: pixels per cell of the features.
+        detail_stride: pixels per cell of the detail.
+        channels: of the features.
+        detail_channels: of the detail.
+        multiple: the sides of an image must be multiples of this; the segmenter pads with zeros, right and below.
+        offset: pixels by which the maps begin above and left of the image.
+
+    ``forward(images)``, images (B, 3, H, W) as :meth:`normalize` returns them, gives ``(features, detail)``.
+    """
+
+    stride: int
+    detail_stride: int
+    channels: int
+    detail_channels: int
+    multiple: int
+    offset = 0
+
+    def normalize(self, images: Tensor) -> Tensor:
+        """RGB in [0, 1] → what ``forward`` takes; (B, 3, H, W) both ways."""
+        return images
+
+
+class SmallFCN(Backbone):
     """A small fully convolutional network: down to stride 16 and back up with skips.
 
     Args:
@@ -39,12 +65,16 @@ class SmallFCN(nn.Module):
         normalised x and y coordinate, and (B, channels[0], H/2, W/2), or the finest map there is without ``detail``.
     """
 
+    multiple = 16
+
     def __init__(
         self, channels: tuple[int, int, int, int], out_channels: int, stride: int, detail: bool = True
     ) -> None:
         super().__init__()
         self.stride = stride
         self.finest = 0 if detail or stride == 2 else 1
+        self.detail_stride = 2 << self.finest
+        self.channels, self.detail_channels = out_channels + 2, channels[self.finest]
         self.stem = nn.Sequential(_conv_block(3, channels[0], stride=2), _conv_block(channels[0], channels[0]))
         self.down = nn.ModuleList(
             nn.Sequential(_conv_block(narrow, wide, stride=2), _conv_block(wide, wide))
@@ -53,6 +83,12 @@ class SmallFCN(nn.Module):
         self.lateral = nn.ModuleList(nn.Conv2d(channels[k + 1], channels[k], 1) for k in range(self.finest, 3))
         self.fuse = nn.ModuleList(_conv_block(channels[k], channels[k]) for k in range(self.finest, 3))
         self.project = nn.Conv2d(channels[0 if stride == 2 else 1], out_channels, 1)
+
+    def normalize(self, images: Tensor) -> Tensor:
+        """Zero mean and unit deviation per image, so that dim and bright stains look alike."""
+        mean = images.mean(dim=(1, 2, 3), keepdim=True)
+        deviation = (images - mean).square().mean(dim=(1, 2, 3), keepdim=True).sqrt()
+        return (images - mean) / deviation.clamp_min(0.02)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         maps = [self.stem(images)]  # strides 2, 4, 8, 16
@@ -64,6 +100,44 @@ class SmallFCN(nn.Module):
             maps[k] = fuse(maps[k] + above)
         features = self.project(maps[0] if self.stride == 2 else maps[1])
         return torch.cat([features, coordinates(features)], dim=1), maps[self.finest]
+
+
+class PlantsFCN(Backbone):
+    """The feature network of the released plants code: a fixed bilinear shrinking by 5, then four 3×3 convolutions.
+
+    Args:
+        channels: of every convolution, each followed by a ReLU; 30 in the released code.
+
+    Returns from ``forward(images)``, images (B, 3, H, W) with H and W multiples of 5:
+        the features (B, channels, H/5, W/5), twice: there is no finer map. 530×500 pixels become 106×100 cells.
+
+    Source: bernard24/RIS, ``plants_learning``.
+    """
+
+    stride = detail_stride = multiple = 5
+    shrink: Tensor
+
+    def __init__(self, channels: int = 30) -> None:
+        super().__init__()
+        self.channels = self.detail_channels = channels
+        kernel = bilinear_kernel(5)
+        self.register_buffer("shrink", (kernel / kernel.sum()).expand(3, 1, 9, 9).contiguous(), persistent=False)
+        layers: list[nn.Module] = []
+        for width in (3, channels, channels, channels):
+            layers += [nn.Conv2d(width, channels, 3, padding=1), nn.ReLU(inplace=True)]
+        self.layers = nn.Sequential(*layers)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        features = self.layers(F.conv2d(images, self.shrink, stride=5, padding=2, groups=3))
+        return features, features
+
+
+def bilinear_kernel(factor: int) -> Tensor:
+    """The kernel (k, k) of bilinear resampling by a whole factor, k = 2·factor − factor mod 2; its peak is near 1."""
+    size = 2 * factor - factor % 2
+    distance = (torch.arange(size) - (size - 1) / 2).abs()
+    weights = 1 - distance / factor
+    return weights.outer(weights)
 
 
 def coordinates(like: Tensor) -> Tensor:

@@ -13,12 +13,16 @@ class ModelConfig:
     """The architecture of a :class:`~fastris.nn.RecurrentInstanceSegmenter`.
 
     Attributes:
+        backbone: the feature network. ``"small"``: :class:`~fastris.nn.SmallFCN`. ``"plants"``: the released plants
+            network (:class:`~fastris.nn.PlantsFCN`, stride 5). ``"fcn8s"``: VGG16 as in the paper's person network
+            (:class:`~fastris.nn.FCN8s`, stride 8).
         feature_channels: channels of the image features that enter the ConvLSTM at every step.
-        backbone_channels: widths of the feature network at strides 2, 4, 8 and 16.
+        backbone_channels: widths of the small backbone at strides 2, 4, 8 and 16.
+        fc_channels, padding, dropout: of the fcn8s backbone.
         hidden_channels: channels of each ConvLSTM layer.
         layers: number of ConvLSTM layers.
         kernel_size: ConvLSTM kernel, odd.
-        recurrent_stride: pixels per cell of the recurrent maps, 2 or 4.
+        recurrent_stride: pixels per cell of the recurrent maps of the small backbone, 2 or 4.
         mask_head: ``"inhibition"`` is the paper's head: 1×1 conv, log-softmax over the map, one learned scalar,
             sigmoid. ``"dynamic"`` uses that same spatial softmax to choose *where* the next object is, and draws
             the object at stride 2 with a small filter generated from what is there (conditional convolutions,
@@ -27,13 +31,20 @@ class ModelConfig:
         confidence_pool: the confidence head sees the recurrent state max-pooled to a grid of this side.
             0 means unpooled, as in the released plants network: it then needs ``confidence_map``.
         confidence_map: (height, width) of the recurrent map of the unpooled confidence head, else None.
+        initialization: of what follows the backbone. ``"default"``, or ``"released"``, the released code's: weights
+            uniform in ±0.08, biases of the gates i, f and o around 1, that of the confidence head 10.
         feedback: feed the union of the masks and of the places so far back into the first ConvLSTM layer.
         max_steps: the most objects that ``predict`` looks for in one image.
+        mask_threshold: a pixel belongs to the object where the mask is above this; 0.9 in the released code.
         max_side: ``predict`` looks at a longer image shrunk to this many pixels, and scales the masks back.
     """
 
+    backbone: str = "small"
     feature_channels: int = 48
     backbone_channels: tuple[int, int, int, int] = (24, 48, 64, 96)
+    fc_channels: int = 4096
+    padding: str = "100"
+    dropout: float = 0.5
     hidden_channels: int = 32
     layers: int = 2
     kernel_size: int = 3
@@ -42,20 +53,31 @@ class ModelConfig:
     inhibition_init: float = 6.0
     confidence_pool: int = 2
     confidence_map: tuple[int, int] | None = None
+    initialization: str = "default"
     feedback: bool = True
     max_steps: int = 60
+    mask_threshold: float = 0.5
     max_side: int = 1024
 
     def __post_init__(self) -> None:
-        if self.mask_head not in ("inhibition", "dynamic"):
-            raise InputError(f"mask_head: expected 'inhibition' or 'dynamic', got {self.mask_head!r}")
+        for name, allowed in (
+            ("backbone", ("small", "plants", "fcn8s")),
+            ("padding", ("100", "same")),
+            ("mask_head", ("inhibition", "dynamic")),
+            ("initialization", ("default", "released")),
+        ):
+            if getattr(self, name) not in allowed:
+                raise InputError(f"{name}: expected {' or '.join(map(repr, allowed))}, got {getattr(self, name)!r}")
         if self.recurrent_stride not in (2, 4):
             raise InputError(f"recurrent_stride: expected 2 or 4, got {self.recurrent_stride}")
         if self.kernel_size % 2 == 0:
             raise InputError(f"kernel_size: expected an odd number, got {self.kernel_size}")
         if self.confidence_pool == 0 and self.confidence_map is None:
             raise InputError("confidence_map: an unpooled confidence head needs the size of its map")
-        for name in ("feature_channels", "hidden_channels", "layers", "max_steps", "max_side"):
+        for name in ("dropout", "mask_threshold"):
+            if not 0 <= getattr(self, name) < 1:
+                raise InputError(f"{name}: expected a number from 0, below 1, got {getattr(self, name)}")
+        for name in ("feature_channels", "fc_channels", "hidden_channels", "layers", "max_steps", "max_side"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name}: expected at least 1, got {getattr(self, name)}")
 

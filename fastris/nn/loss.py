@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastris.nn.model import RISOutput
+from fastris.nn.model import RISOutput, to_pixels
 from fastris.ops.assignment import assignment
 from fastris.ops.soft_iou import soft_iou
 
@@ -117,13 +117,13 @@ class RISLoss(nn.Module):
         elif num_labels is None:
             num_labels = int(counts.max()) if batch else 0
         dtype = torch.float64 if output.mask_logits.dtype == torch.float64 else torch.float32
-        logits = F.interpolate(
-            output.mask_logits.to(dtype), size=target.shape[-2:], mode="bilinear", align_corners=False
-        )
+        size = (target.shape[-2], target.shape[-1])
+        logits = to_pixels(output.mask_logits.to(dtype), output.stride, output.offset, size)
         num_pred = counts.clamp_max(steps) if self.variant == "first_n" else None
         on_target = mass = None
         if self.place_weight:
-            mass = place_on_target(output.log_place.to(dtype), target, num_labels)
+            margin = (output.offset, 0, output.offset, 0)
+            mass = place_on_target(output.log_place.to(dtype), F.pad(target, margin), num_labels)
         matches = match(logits.sigmoid(), target, num_pred, counts, num_labels, None if mass is None else mass.detach())
         per_image = counts.clamp_min(1).to(dtype) if self.per_instance else 1.0
         mask = -(matches.iou.sum(1) / per_image).mean()

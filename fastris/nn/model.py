@@ -16,14 +16,13 @@ from torch import Tensor, nn
 
 from fastris.errors import InputError
 from fastris.instances import Instances
-from fastris.nn.backbone import SmallFCN
+from fastris.nn.backbone import Backbone, PlantsFCN, SmallFCN
 from fastris.nn.config import ModelConfig
 from fastris.nn.convlstm import ConvLSTMCell, State
+from fastris.nn.fcn8s import FCN8s
 from fastris.nn.heads import ConfidenceHead, DynamicMaskHead, SpatialInhibition
 from fastris.ops.conv2d_same import conv2d_same
 from fastris.ops.lstm_gates import lstm_gates
-
-BACKBONE_STRIDE = 16
 
 
 class RISOutput(NamedTuple):
@@ -35,6 +34,7 @@ class RISOutput(NamedTuple):
         log_place: (B, T, h, w) log-probabilities of the spatial softmax.
         stride: pixels per cell of the masks.
         place_stride: pixels per cell of ``log_place``.
+        offset: pixels by which both maps begin above and left of the image.
     """
 
     mask_logits: Tensor
@@ -42,6 +42,7 @@ class RISOutput(NamedTuple):
     log_place: Tensor
     stride: int
     place_stride: int
+    offset: int = 0
 
     @property
     def masks(self) -> Tensor:
@@ -108,28 +109,34 @@ class RecurrentInstanceSegmenter(nn.Module):
     def __init__(self, config: ModelConfig | None = None) -> None:
         super().__init__()
         self.config = config = config or ModelConfig()
-        self.stride = 2 if config.mask_head == "dynamic" else config.recurrent_stride
-        self.backbone = SmallFCN(
-            config.backbone_channels, config.feature_channels, config.recurrent_stride, config.mask_head == "dynamic"
-        )
-        features = config.feature_channels + 2
+        self.backbone = _build_backbone(config)
+        self.stride = self.backbone.detail_stride if config.mask_head == "dynamic" else self.backbone.stride
+        features = self.backbone.channels
         inputs = [features + 2 * int(config.feedback)] + [config.hidden_channels] * (config.layers - 1)
         self.cells: Sequence[ConvLSTMCell] = nn.ModuleList(  # type: ignore[assignment]
             ConvLSTMCell(channels, config.hidden_channels, config.kernel_size, forget_bias=1.0) for channels in inputs
         )
         self.mask_head: DynamicMaskHead | SpatialInhibition
         if config.mask_head == "dynamic":
-            self.mask_head = DynamicMaskHead(config.hidden_channels, features, config.backbone_channels[0])
+            self.mask_head = DynamicMaskHead(config.hidden_channels, features, self.backbone.detail_channels)
         else:
             self.mask_head = SpatialInhibition(config.hidden_channels, config.inhibition_init)
         self.confidence_head = ConfidenceHead(config.hidden_channels, config.confidence_pool, config.confidence_map)
+        multiple = self.backbone.multiple
+        if self.input_size and (self.backbone.offset or any(side % multiple for side in self.input_size)):
+            remedy = (
+                "padding 'same'" if self.backbone.offset else f"a map of an image with sides of multiples of {multiple}"
+            )
+            raise InputError(f"confidence_map: an unpooled confidence head needs {remedy} here")
+        if config.initialization == "released":
+            self._initialize_as_released()
 
     def forward(self, images: Tensor, steps: int) -> RISOutput:
         """Run a fixed number of steps.
 
         Args:
-            images: (B, 3, H, W), RGB in [0, 1], any size; the maps cover H and W rounded up to multiples of 16 and are
-                cropped to ceil(H / stride) × ceil(W / stride).
+            images: (B, 3, H, W), RGB in [0, 1], any size, or at most :attr:`input_size`; the maps are cropped to the
+                cells that show some of the image.
             steps: T ≥ 1.
         """
         height, width = images.shape[-2:]
@@ -140,19 +147,49 @@ class RecurrentInstanceSegmenter(nn.Module):
             result, memory = self._step(context, memory)
             results.append(result)
         masks, scores, places = (torch.stack(parts, dim=1) for parts in zip(*results, strict=True))
-        place_stride = self.config.recurrent_stride
+        offset, place_stride = self.backbone.offset, self.backbone.stride
+        bottom, right = height + offset, width + offset
         return RISOutput(
-            masks[..., : -(-height // self.stride), : -(-width // self.stride)],
+            masks[..., : -(-bottom // self.stride), : -(-right // self.stride)],
             scores,
-            places[..., : -(-height // place_stride), : -(-width // place_stride)],
+            places[..., : -(-bottom // place_stride), : -(-right // place_stride)],
             self.stride,
             place_stride,
+            offset,
         )
 
+    def _initialize_as_released(self) -> None:
+        """All after the backbone as in bernard24/RIS, whose gates are two convolutions, each with a bias."""
+        with torch.no_grad():
+            for layer in self.cells:
+                conv = layer.conv
+                assert conv.bias is not None
+                conv.weight.uniform_(-0.08, 0.08)
+                into_gates = torch.empty_like(conv.bias).uniform_(-0.08, 0.08)
+                into_gates[: 3 * layer.hidden_dim] = 1.0
+                conv.bias.uniform_(-0.08, 0.08).add_(into_gates)
+            if isinstance(self.mask_head, SpatialInhibition):
+                self.mask_head.project.weight.uniform_(-0.08, 0.08)
+            self.confidence_head.linear.weight.uniform_(-0.08, 0.08)
+            self.confidence_head.linear.bias.fill_(10.0)
+
+    @property
+    def input_size(self) -> tuple[int, int] | None:
+        """(H, W) of the images of a model whose confidence head is unpooled: smaller ones are padded; else None."""
+        if self.config.confidence_map is None or self.config.confidence_pool:
+            return None
+        height, width = self.config.confidence_map
+        return height * self.backbone.stride, width * self.backbone.stride
+
     def _encode(self, images: Tensor) -> _Context:
-        images = standardize(images)
-        pad_h, pad_w = (-size % BACKBONE_STRIDE for size in images.shape[-2:])
-        images = F.pad(images, (0, pad_w, 0, pad_h)).contiguous(memory_format=torch.channels_last)
+        images = self.backbone.normalize(images)
+        height, width = images.shape[-2:]
+        full = self.input_size or tuple(
+            -(-size // self.backbone.multiple) * self.backbone.multiple for size in (height, width)
+        )
+        if height > full[0] or width > full[1]:
+            raise ValueError(f"images: this model takes at most {full[0]}×{full[1]} pixels, got {height}×{width}")
+        images = F.pad(images, (0, full[1] - width, 0, full[0] - height)).contiguous(memory_format=torch.channels_last)
         features, detail = self.backbone(images)
         cell = self.cells[0]
         hoisted = conv2d_same(features, cell.conv.weight[:, : features.shape[1]], cell.conv.bias)
@@ -194,7 +231,7 @@ class RecurrentInstanceSegmenter(nn.Module):
         if self.config.feedback:
             mask = mask_logits.detach().sigmoid().unsqueeze(1)
             if mask.shape[-2:] != hidden.shape[-2:]:
-                mask = F.avg_pool2d(mask, self.config.recurrent_stride // self.stride)
+                mask = F.avg_pool2d(mask, self.backbone.stride // self.stride)
             place = log_place.detach().exp().unsqueeze(1)
             found = torch.cat([mask, place], dim=1).to(hidden.dtype)
             if memory.found is not None:
@@ -207,7 +244,7 @@ class RecurrentInstanceSegmenter(nn.Module):
         image: Any,
         max_steps: int | None = None,
         threshold: float = 0.5,
-        mask_threshold: float = 0.5,
+        mask_threshold: float | None = None,
         min_area: int = 4,
     ) -> Instances | list[Instances]:
         """Find the objects of one image or of several.
@@ -217,7 +254,8 @@ class RecurrentInstanceSegmenter(nn.Module):
                 a PIL image; a path; or a list of these, which gives a list of results.
             max_steps: the most objects per image; the configuration's where not given.
             threshold: stop at the first confidence below this (0.5 in the paper).
-            mask_threshold: a pixel belongs to the object where the mask is above this (0.9 in the released code).
+            mask_threshold: a pixel belongs to the object where the mask is above this; the configuration's where not
+                given.
             min_area: an object of fewer pixels is dropped.
 
         Returns:
@@ -227,6 +265,8 @@ class RecurrentInstanceSegmenter(nn.Module):
 
         images, names, single = as_images(image)
         limit = max_steps or self.config.max_steps
+        if mask_threshold is None:
+            mask_threshold = self.config.mask_threshold
         results = []
         for pixels, name in zip(images, names, strict=True):
             height, width = pixels.shape[-2:]
@@ -242,7 +282,7 @@ class RecurrentInstanceSegmenter(nn.Module):
         image: Any,
         max_steps: int | None = None,
         threshold: float = 0.5,
-        mask_threshold: float = 0.5,
+        mask_threshold: float | None = None,
         min_area: int = 4,
     ) -> Trace:
         """The steps of :meth:`predict`, with the same arguments, on one image."""
@@ -251,6 +291,8 @@ class RecurrentInstanceSegmenter(nn.Module):
         images, names, single = as_images(image)
         if not single:
             raise InputError("image: expected one image, not a list or a batch")
+        if mask_threshold is None:
+            mask_threshold = self.config.mask_threshold
         looked_at = self._fit(images[0].unsqueeze(0), names[0])
         (full_height, full_width), (height, width) = images[0].shape[-2:], looked_at.shape[-2:]
         parameter = self.confidence_head.linear.weight
@@ -268,17 +310,25 @@ class RecurrentInstanceSegmenter(nn.Module):
             going = bool(scores[-1] >= threshold)
         drawn, confidence = torch.stack(masks), torch.stack(scores)
         found = (confidence >= threshold) & (drawn.flatten(1).sum(1) >= min_area)
-        stride = self.config.recurrent_stride
-        log_place = torch.stack(places)[:, : -(-height // stride), : -(-width // stride)]
+        log_place, stride, offset = torch.stack(places), self.backbone.stride, self.backbone.offset
+        if offset:  # cells that begin outside the image: a value a pixel
+            log_place = log_place.repeat_interleave(stride, 1).repeat_interleave(stride, 2)[:, offset:, offset:]
+            stride = 1
+        log_place = log_place[:, : -(-height // stride), : -(-width // stride)]
         cell = stride * full_height / height, stride * full_width / width
         return Trace(drawn.numpy(), confidence.numpy(), log_place.numpy(), cell, found.numpy(), not going)
 
     def _fit(self, images: Tensor, name: str) -> Tensor:
-        """Shrink images whose longer side is over the model's limit."""
-        longest = max(images.shape[-2:])
+        """Shrink images whose longer side is over the model's limit; scale them to a model's one size."""
+        height, width = images.shape[-2:]
+        if self.input_size is not None:
+            scale = min(self.input_size[0] / height, self.input_size[1] / width)
+            size = [max(1, round(height * scale)), max(1, round(width * scale))]
+            return F.interpolate(images, size=size, mode="bilinear", antialias=True)
+        longest = max(height, width)
         if longest <= self.config.max_side:
             return images
-        size = [max(1, side * self.config.max_side // longest) for side in images.shape[-2:]]
+        size = [max(1, side * self.config.max_side // longest) for side in (height, width)]
         warnings.warn(
             f"{name or 'image'}: {images.shape[-1]}x{images.shape[-2]} pixels are looked at as {size[1]}x{size[0]}; "
             "cut the image up if its objects are small",
@@ -335,16 +385,24 @@ class RecurrentInstanceSegmenter(nn.Module):
         self, logits: Tensor, looked_at: tuple[int, int], size: tuple[int, int], mask_threshold: float
     ) -> Tensor:
         """Logits (N, h', w') that cover a padded image of ``looked_at`` (H, W) as bool masks (N, *size) on the CPU."""
-        height, width = looked_at
-        logits = F.interpolate(logits.float().unsqueeze(1), scale_factor=self.stride, mode="bilinear")
-        logits = logits[..., :height, :width]
+        logits = to_pixels(logits.float().unsqueeze(1), self.stride, self.backbone.offset, looked_at)
         if size != looked_at:
             logits = F.interpolate(logits, size=size, mode="bilinear")
         return (logits.sigmoid() > mask_threshold).squeeze(1).cpu()
 
 
-def standardize(images: Tensor) -> Tensor:
-    """Zero mean and unit deviation per image, so that dim and bright stains look alike; (B, 3, H, W) both ways."""
-    mean = images.mean(dim=(1, 2, 3), keepdim=True)
-    deviation = (images - mean).square().mean(dim=(1, 2, 3), keepdim=True).sqrt()
-    return (images - mean) / deviation.clamp_min(0.02)
+def to_pixels(maps: Tensor, stride: int, offset: int, size: tuple[int, int]) -> Tensor:
+    """Maps (B, C, h, w) at the pixels of an image, (B, C, H, W): bilinear, the part that shows the image."""
+    height, width = size
+    grown = F.interpolate(maps, scale_factor=stride, mode="bilinear")
+    return grown[..., offset : offset + height, offset : offset + width]
+
+
+def _build_backbone(config: ModelConfig) -> Backbone:
+    if config.backbone == "plants":
+        return PlantsFCN(config.feature_channels)
+    if config.backbone == "fcn8s":
+        return FCN8s(config.feature_channels, config.padding, config.dropout, fc_channels=config.fc_channels)
+    return SmallFCN(
+        config.backbone_channels, config.feature_channels, config.recurrent_stride, config.mask_head == "dynamic"
+    )

@@ -99,9 +99,25 @@ def test_masks_at_a_stride_are_compared_at_full_resolution():
     labels = torch.zeros(1, 8, 8, dtype=torch.int64)
     labels[:, :, :4] = 1
     output = make_output(1, 1, size=4)._replace(
-        mask_logits=torch.where(torch.arange(4) < 2, 30.0, -30.0).double().expand(1, 1, 4, 4)
+        mask_logits=torch.where(torch.arange(4) < 2, 30.0, -30.0).double().expand(1, 1, 4, 4), stride=2
     )
     assert RISLoss()(output, labels, torch.tensor([1])).mask.item() == pytest.approx(-1.0, abs=0.07)
+
+
+def test_maps_that_begin_outside_the_image_are_compared_at_their_place():
+    labels = torch.zeros(1, 9, 9, dtype=torch.int64)
+    labels[:, :, 3:7] = 1  # cell 1 of the columns, in a map of stride 4 that begins one pixel left of the image
+    inside = torch.tensor([False, True, False])
+    output = make_output(1, 1, size=3)._replace(
+        mask_logits=torch.where(inside, 30.0, -30.0).double().expand(1, 1, 3, 3),
+        log_place=torch.where(inside, -math.log(3), -99.0).double().expand(1, 1, 3, 3),
+        stride=4,
+        place_stride=4,
+        offset=1,
+    )
+    terms = RISLoss(place_weight=1.0)(output, labels, torch.tensor([1]))
+    assert terms.mask.item() == pytest.approx(-1.0, abs=0.07)
+    assert terms.place.item() == pytest.approx(0.0, abs=1e-4)
 
 
 def test_place_mass_counts_every_cell_that_an_instance_touches():
