@@ -11,6 +11,7 @@ from fastris.data.open import open_dataset
 from fastris.data.sample import Sample, in_validation, relabel
 from fastris.data.transforms import (
     Compose,
+    Fit,
     IntensityJitter,
     RandomCrop,
     RandomFlip,
@@ -22,6 +23,7 @@ from fastris.data.transforms import (
 __all__ = [
     "Batch",
     "Compose",
+    "Fit",
     "FolderDataset",
     "InstanceDataset",
     "IntensityJitter",

@@ -155,7 +155,7 @@ def limit_instances(sample: Sample, n: int, generator: torch.Generator, min_area
 
 
 def _resize(sample: Sample, size: tuple[int, int]) -> Sample:
-    """Enlarge a sample, image bilinear, labels nearest; every source pixel is sampled, so none vanishes."""
+    """Scale a sample, image bilinear, labels nearest: enlarged, every source pixel is sampled, so none vanishes."""
     from PIL import Image
 
     rows, columns = sample.size
@@ -164,12 +164,39 @@ def _resize(sample: Sample, size: tuple[int, int]) -> Sample:
     return _sample(np.asarray(enlarged).transpose(2, 0, 1).copy(), sample.labels.numpy()[row][:, column], sample.name)
 
 
+class Fit:
+    """The whole image scaled so that it just fits into a size, with zeros right of it and below.
+
+    Args:
+        size: pixels, (height, width).
+        min_area: an instance with fewer pixels than this left becomes background.
+    """
+
+    def __init__(self, size: tuple[int, int], min_area: int = MIN_AREA) -> None:
+        self.size = size
+        self.min_area = min_area
+
+    def __call__(self, sample: Sample, generator: torch.Generator) -> Sample:
+        scale = min(self.size[0] / sample.size[0], self.size[1] / sample.size[1])
+        rows, columns = (max(1, round(side * scale)) for side in sample.size)
+        if (rows, columns) != sample.size:
+            sample = _resize(sample, (rows, columns))
+        return _window(sample, 0, 0, *self.size, self.min_area)
+
+
 class RandomFlip:
-    """Left-right and up-down, each with probability one half."""
+    """Left-right and up-down, each with probability one half.
+
+    Args:
+        vertical: whether up-down is to be had.
+    """
+
+    def __init__(self, vertical: bool = True) -> None:
+        self.vertical = vertical
 
     def __call__(self, sample: Sample, generator: torch.Generator) -> Sample:
         which = _integer(4, generator)
-        axes = tuple(axis for bit, axis in ((1, -1), (2, -2)) if which & bit)
+        axes = tuple(axis for bit, axis in ((1, -1), (2, -2)) if which & bit and (axis == -1 or self.vertical))
         if not axes:
             return sample
         return _sample(np.flip(sample.image.numpy(), axes), np.flip(sample.labels.numpy(), axes), sample.name)

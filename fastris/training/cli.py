@@ -8,11 +8,11 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from fastris.commands.common import add_run_options, complain, resolve_device
+from fastris.commands.common import add_run_options, complain, resolve_device, table
 from fastris.errors import InputError
 from fastris.nn.config import ModelConfig
 from fastris.training.checkpoints import list_checkpoints, read_state
-from fastris.training.config import PRESETS, TrainConfig, read_config
+from fastris.training.config import PRESETS, TrainConfig, departures, read_config
 
 _RESUME_MAY_CHANGE = {"data", "max_steps"}
 
@@ -33,14 +33,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             default = getattr(cls(), setting.name)
             if setting.name == "model":
                 continue
-            shown = ",".join(map(str, default)) if isinstance(default, tuple) else default
             group.add_argument(
                 f"--{prefix}{setting.name.replace('_', '-')}",
                 dest=prefix + setting.name,
                 type=_Value(default),
                 default=argparse.SUPPRESS,
-                metavar=type(default).__name__.upper() if not isinstance(default, tuple) else "A,B,…",
-                help=f"({shown})",
+                metavar="A,B,…"
+                if isinstance(default, tuple)
+                else "HxW"
+                if default is None
+                else type(default).__name__.upper(),
+                help=f"({_text(default)})",
             )
 
 
@@ -53,6 +56,8 @@ def main(args: argparse.Namespace) -> int:
     steps = f"steps {trainer.step} to {config.max_steps}"
     images = f"{len(trainer.train_data)} images, {len(trainer.validation_data)} for validation"
     print(f"{config.data}: {images}; {steps}; writing to {args.out}", file=sys.stderr)
+    if args.preset != "default" and not args.resume:
+        say_departures(config)
     try:
         path = trainer.run()
     except DivergedError as error:
@@ -60,6 +65,22 @@ def main(args: argparse.Namespace) -> int:
         return 1
     print(f"wrote {path}")
     return 0
+
+
+def say_departures(config: TrainConfig) -> None:
+    """A table on stderr of what a run departs from the paper in; nothing where it does not."""
+    paper, rows = departures(config)
+    if rows:
+        print(f"this run departs from the paper (preset {paper}) in:", file=sys.stderr)
+        shown = [(name, _text(value), _text(papers)) for name, value, papers in rows]
+        print(table(("setting", "value", "paper"), shown), file=sys.stderr)
+
+
+def _text(value: Any) -> str:
+    """A setting as text, much as an option takes it."""
+    if isinstance(value, tuple):
+        return ",".join(map(str, value)) or "none"
+    return str(value).lower() if isinstance(value, bool) or value is None else str(value)
 
 
 def settings(args: argparse.Namespace) -> TrainConfig:
@@ -97,7 +118,10 @@ class _Value:
 
     def __init__(self, default: Any) -> None:
         self.default = default
-        self.__name__ = "list of numbers" if isinstance(default, tuple) else type(default).__name__
+        kinds = {(): "list of names", None: "size HxW"}
+        self.__name__ = kinds.get(default) or (
+            "list of numbers" if isinstance(default, tuple) else type(default).__name__
+        )
 
     def __call__(self, text: str) -> Any:
         default = self.default
@@ -105,7 +129,8 @@ class _Value:
             height, width = text.lower().split("x")
             return int(height), int(width)
         if isinstance(default, tuple):
-            return tuple(type(default[0])(part) for part in text.split(","))
+            kind = type(default[0]) if default else str
+            return tuple(kind(part) for part in text.split(",") if part)
         if isinstance(default, bool):
             if text.lower() not in ("true", "false"):
                 raise ValueError(text)

@@ -17,6 +17,7 @@ from fastris import __version__
 from fastris.data import (
     Batch,
     Compose,
+    Fit,
     IntensityJitter,
     RandomCrop,
     RandomFlip,
@@ -30,8 +31,10 @@ from fastris.errors import InputError
 from fastris.imageio import make_output_directory
 from fastris.loading import load, save
 from fastris.metrics import InstanceMetrics
+from fastris.nn.fcn8s import FCN8s
 from fastris.nn.loss import LossTerms, RISLoss
 from fastris.nn.model import RecurrentInstanceSegmenter
+from fastris.nn.pretrained import load_pretrained
 from fastris.training.checkpoints import list_checkpoints, load_checkpoint, read_state, save_checkpoint
 from fastris.training.config import TrainConfig
 from fastris.training.curriculum import Curriculum, Stage
@@ -47,9 +50,9 @@ class DivergedError(RuntimeError):
 class Trainer:
     """Trains a model and keeps everything about the run in one folder.
 
-    The folder gets ``model.safetensors`` (the lowest validation loss of the latest stage), ``checkpoints/`` and the
-    files of a :class:`~fastris.training.log.RunLog`. A batch depends on the seed and the step only, so a resumed run is
-    the run that was not interrupted; on the CPU bit for bit.
+    The folder gets ``model.safetensors`` (the lowest validation loss since the curriculum last went on),
+    ``checkpoints/`` and the files of a :class:`~fastris.training.log.RunLog`. A batch depends on the seed and the step
+    only, so a resumed run is the run that was not interrupted; on the CPU bit for bit.
 
     Args:
         config: the settings.
@@ -81,16 +84,19 @@ class Trainer:
                 raise InputError(f"{config.data}: no images in split '{split}'")
             data.preload()  # a broken file is better found now than in an hour
         torch.manual_seed(config.seed)
-        self.model = self._new_model().to(self.device)
+        self.model = self._new_model(resume).to(self.device)
         self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.average = _average_of(self.model, config.ema) if config.ema else None
         self.loss = RISLoss(config.loss_variant, config.confidence_weight, config.place_weight, config.per_instance)
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=config.learning_rate)
-        self.curriculum = Curriculum(config)
+        most = 0
+        if not config.instances[-1]:
+            most = max(sample.count for data in (self.train_data, self.validation_data) for sample in data)
+        self.curriculum = Curriculum(config, most)
         self.step = 0
         if written:
             self._restore(written[-1])
-        self._validation_batches: tuple[int, list[Batch]] | None = None
+        self._validation_batches: tuple[Stage, list[Batch]] | None = None
 
     def run(self) -> Path:
         """Train to the last step; returns the path of the model.
@@ -127,26 +133,33 @@ class Trainer:
         """The model that is validated and saved: the moving average where there is one."""
         return cast(RecurrentInstanceSegmenter, self.average.module) if self.average is not None else self.model
 
-    def _new_model(self) -> RecurrentInstanceSegmenter:
-        """One of random weights, or ``initial``."""
+    def _new_model(self, resume: bool) -> RecurrentInstanceSegmenter:
+        """One of random weights, or ``initial``, with the backbone as the settings ask."""
         config = self.config
-        if not config.initial:
-            return RecurrentInstanceSegmenter(config.model)
-        model = load(config.initial)
-        if model.config != config.model:
-            raise InputError(f"initial: {config.initial} is of another architecture than this run")
+        if config.initial:
+            model = load(config.initial)
+            if model.config != config.model:
+                raise InputError(f"initial: {config.initial} is of another architecture than this run")
+        else:
+            model = RecurrentInstanceSegmenter(config.model)
+        if isinstance(model.backbone, FCN8s):
+            if config.backbone_weights and not resume:
+                load_pretrained(model.backbone, config.backbone_weights)
+            model.backbone.freeze(config.frozen)
         return model
 
     def learning_rate(self, step: int) -> float:
         """The rate of optimiser step `step`, counted from 0."""
         config = self.config
         warm = min(1.0, (step + 1) / config.warmup) if config.warmup else 1.0
-        return config.learning_rate * warm * (1 - step / config.max_steps)
+        return config.learning_rate * warm * (1 - step / config.max_steps if config.decay else 1.0)
 
     def batch(self, step: int, stage: Stage) -> Batch:
         """The training batch of a step."""
         config = self.config
-        transforms: list[Transform] = [RandomCrop(stage.crop, stage.instances), RandomFlip(), RandomRotation()]
+        transforms: list[Transform] = [
+            self._view(stage), RandomFlip(config.vertical_flip), RandomRotation(config.rotation or None),
+        ]  # fmt: skip
         if config.jitter or config.grey_probability or config.invert_probability:
             jitter = IntensityJitter(
                 0.1 * config.jitter, 0.2 * config.jitter, 0.2 * config.jitter, config.invert_probability,
@@ -156,7 +169,16 @@ class Trainer:
         transform = Compose(transforms)
         generator = _generator(config.seed, _TRAIN, step)
         chosen = torch.randint(len(self.train_data), (stage.batch_size,), generator=generator).tolist()
-        return collate([transform(self.train_data[index], generator) for index in chosen])
+        return self._collate([transform(self.train_data[index], generator) for index in chosen])
+
+    def _view(self, stage: Stage) -> Transform:
+        """What of an image a stage looks at."""
+        if self.config.image_size is not None:
+            return Fit(self.config.image_size)
+        return RandomCrop(stage.crop, stage.instances or None)
+
+    def _collate(self, samples: list[Sample]) -> Batch:
+        return collate(samples, multiple=1 if self.config.image_size else 8)
 
     def _train_step(self) -> dict[str, Any]:
         start = time.perf_counter()
@@ -189,10 +211,13 @@ class Trainer:
         }
 
     def _loss(self, model: RecurrentInstanceSegmenter, batch: Batch) -> LossTerms:
-        most = int(batch.counts.max())
+        most, limit = int(batch.counts.max()), self.curriculum.stage.instances
+        steps = most + self.config.extra_steps
+        if self.config.image_size is not None and limit:
+            steps = min(steps, limit)
         images = batch.images.contiguous(memory_format=torch.channels_last)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
-            output = model(images, most + self.config.extra_steps)
+            output = model(images, steps)
         return self.loss(output, batch.labels, batch.counts, most)
 
     def _limit_gradients(self) -> Tensor:
@@ -221,15 +246,17 @@ class Trainer:
         return {"step": self.step, "stage": self.curriculum.index + 1, "loss": sum(losses) / len(losses), **kept}
 
     def _held_out(self) -> list[Batch]:
-        index, stage = self.curriculum.index, self.curriculum.stage
-        if self._validation_batches is None or self._validation_batches[0] != index:
-            crop = RandomCrop(stage.crop, stage.instances)
-            samples: list[Sample] = []
-            for k in range(self.config.validation_crops):
+        stage = self.curriculum.stage
+        if self._validation_batches is None or self._validation_batches[0] != stage:
+            view, samples = self._view(stage), []
+            whole = self.config.image_size is not None
+            crops = self.config.validation_crops
+            for k in range(min(crops, len(self.validation_data)) if whole else crops):
                 sample = self.validation_data[k % len(self.validation_data)]
-                samples.append(crop(sample, _generator(self.config.seed, _VALIDATION, k)))
+                samples.append(view(sample, _generator(self.config.seed, _VALIDATION, k)))
             size = stage.batch_size
-            self._validation_batches = index, [collate(samples[k : k + size]) for k in range(0, len(samples), size)]
+            batches = [self._collate(samples[k : k + size]) for k in range(0, len(samples), size)]
+            self._validation_batches = stage, batches
         return self._validation_batches[1]
 
     def _keep(self, row: dict[str, Any]) -> None:
@@ -237,7 +264,9 @@ class Trainer:
         if not math.isfinite(row["loss"]):
             raise DivergedError(f"the validation loss is not finite ({row['loss']}) at step {self.step}")
         if self.curriculum.update(row["loss"]):
-            settings = {**self.config.to_dict(), "data": Path(self.config.data).name}  # not where on this machine
+            settings = self.config.to_dict()
+            for name in ("data", "initial", "backbone_weights"):
+                settings[name] = Path(settings[name]).name  # not where on this machine
             facts = {"training": settings, "validation": row, "fastris": __version__}
             save(self.out / "model.safetensors", self.product, facts)
         self.curriculum.advance(self.step)

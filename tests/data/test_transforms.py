@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from fastris.data import (
     Compose,
+    Fit,
     IntensityJitter,
     LeavesDataset,
     RandomCrop,
@@ -179,7 +180,33 @@ class TestLimitInstances:
             limit_instances(checkerboard(2, 5), 0, generator())
 
 
+class TestFit:
+    @pytest.mark.parametrize(
+        ("size", "shown"), [((40, 30), (40, 20)), ((10, 30), (10, 5)), ((20, 100), (20, 10)), ((20, 10), (20, 10))]
+    )
+    def test_the_whole_image_just_fits_and_the_rest_is_black(self, size, shown):
+        sample = tagged(np.ones((20, 10), np.int32))
+        out = Fit(size)(sample, generator())
+        assert out.size == size and out.count == 1
+        rows, columns = shown
+        assert (out.labels[:rows, :columns] == 1).all() and (out.image[2, :rows, :columns] == 255).all()
+        assert not out.image[:, rows:].any() and not out.image[:, :, columns:].any()
+        assert (out.labels[rows:] <= 0).all() and (out.labels[:, columns:] <= 0).all()
+
+    def test_all_instances_are_kept_but_those_too_small_to_see(self):
+        enlarged = Fit((40, 40))(checkerboard(4, 4), generator())
+        assert enlarged.count == 16
+        assert_valid(enlarged)
+        assert Fit((8, 8))(checkerboard(4, 4), generator()).count == 0  # 4 pixels each
+        assert Fit((8, 8), min_area=4)(checkerboard(4, 4), generator()).count == 16
+
+
 class TestFlipAndRotation:
+    def test_upside_down_is_optional(self):
+        sample = tagged(np.arange(1, 7).reshape(2, 3))
+        seen = {int(RandomFlip(vertical=False)(sample, generator(seed)).labels[0, 0]) for seed in range(20)}
+        assert seen == {1, 3}
+
     def test_flips_are_the_four_and_move_both(self):
         sample = LeavesDataset(1, size=32)[0]
         expected = [sample.image.flip(axes) for axes in ([], [-1], [-2], [-1, -2])]

@@ -33,11 +33,30 @@ def test_options_read_lists_switches_and_sizes():
     assert config.model.confidence_map == (12, 8)
 
 
+def test_options_read_names_and_image_sizes():
+    config = parse("--preset", "paper-person", "--frozen", "conv1,fc6", "--image-size", "300x200")
+    assert (config.frozen, config.image_size) == (("conv1", "fc6"), (300, 200))
+    assert parse("--preset", "released-person", "--frozen", "").frozen == ()
+
+
+def test_a_preset_says_what_it_departs_from(tmp_path, file, capsys):
+    run = ["--config", str(file), "--max-steps", "2"]
+    assert main(["train", "--preset", "nuclei", *run, "--out", str(tmp_path / "run")]) == 0
+    error = capsys.readouterr().err
+    assert "this run departs from the paper (preset paper-plants) in:" in error
+    lines = [line.split() for line in error.splitlines()]
+    assert ["place_weight", "0.3", "0.0"] in lines and ["model.backbone", "small", "plants"] in lines
+    main(["train", *run, "--out", str(tmp_path / "run"), "--resume"])
+    main(["train", *run, "--out", str(tmp_path / "other")])
+    assert "departs" not in capsys.readouterr().err  # said once, and of presets
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--max-steps", "many"], "argument --max-steps: invalid int value: 'many'"),
         (["--crop", "a,b"], "argument --crop: invalid list of numbers value: 'a,b'"),
+        (["--image-size", "big"], "argument --image-size: invalid size HxW value: 'big'"),
         (["--per-instance", "maybe"], "argument --per-instance: invalid bool value: 'maybe'"),
         (["--preset", "nothing"], "argument --preset: invalid choice: 'nothing'"),
     ],

@@ -19,7 +19,7 @@ import fastris
 from fastris import InputError
 from fastris.data import collate
 from fastris.metrics import InstanceMetrics
-from fastris.training import DivergedError, TrainConfig, Trainer
+from fastris.training import PRESETS, DivergedError, TrainConfig, Trainer
 from fastris.training.checkpoints import list_checkpoints
 from fastris.training.log import RunLog
 
@@ -229,3 +229,106 @@ def test_a_picture_that_cannot_be_written_does_not_end_the_run(tmp_path, monkeyp
     log.validation(dict.fromkeys(RunLog.validation_columns, 1))
     log.close()
     assert (tmp_path / "validation.csv").read_text().count("\n") == 2
+
+
+WHOLE = {
+    "instances": [2, 3, 0], "growth": 1, "patience": 1, "plateau": 0.9, "crop": [32, 32, 32], "batch_size": [2, 2, 2],
+    "stage_limit": [1.0, 1.0, 1.0], "image_size": [32, 40], "rotation": 20.0, "decay": False, "max_steps": 14,
+    "validate_every": 1, "validation_crops": 1,
+}  # fmt: skip
+
+
+def test_a_run_interrupted_while_its_curriculum_grows_resumes_to_the_same_bits(config, tmp_path):
+    config = config.updated(WHOLE)
+    straight = Trainer(config, tmp_path / "straight")
+    straight.run()
+    broken = Trainer(config, tmp_path / "broken")
+    batch = broken.batch
+
+    def interrupted(step, stage):
+        if step == 7:
+            raise KeyboardInterrupt
+        return batch(step, stage)
+
+    broken.batch = interrupted  # type: ignore[method-assign]
+    with pytest.raises(KeyboardInterrupt):
+        broken.run()
+    resumed = Trainer(config, tmp_path / "broken", resume=True)
+    assert (resumed.step, resumed.curriculum.index) == (7, 1) and resumed.curriculum.grown > 0
+    assert resumed.curriculum.state_dict() == broken.curriculum.state_dict()
+    resumed.run()
+    assert straight.curriculum.state_dict() == resumed.curriculum.state_dict()
+    for file in ("model.safetensors", "checkpoints/step-00000014/state.safetensors"):
+        one, two = load_file(tmp_path / "straight" / file), load_file(tmp_path / "broken" / file)
+        assert all(torch.equal(one[name], two[name]) for name in one), file
+    for file in ("train.csv", "validation.csv"):
+        assert without_times(tmp_path / "straight" / file) == without_times(tmp_path / "broken" / file)
+
+
+def test_whole_images_show_all_and_the_curriculum_limits_the_steps(config, tmp_path):
+    trainer = Trainer(config.updated(WHOLE), tmp_path)
+    assert trainer.curriculum.most == max(sample.count for sample in [*trainer.train_data, *trainer.validation_data])
+    seen = []
+    forward = trainer.model.forward
+    trainer.model.forward = lambda images, steps: seen.append((tuple(images.shape), steps)) or forward(images, steps)
+    batch = trainer.batch(0, trainer.curriculum.stage)
+    most = int(batch.counts.max())
+    for index, steps in ((0, 2), (1, 3), (2, most + 2)):
+        trainer.curriculum.index = index
+        trainer._loss(trainer.model, batch)
+        assert seen[-1] == ((2, 3, 32, 40), steps)
+    trainer.curriculum.index, trainer.curriculum.grown = 1, 1
+    trainer._loss(trainer.model, batch)
+    assert seen[-1][1] == 4 <= most
+
+
+def test_a_learning_rate_can_stay(config, tmp_path):
+    trainer = Trainer(config.updated({"decay": False, "warmup": 0}), tmp_path)
+    assert [trainer.learning_rate(step) for step in (0, 5)] == [config.learning_rate] * 2
+
+
+def test_the_papers_plants_network_trains(tmp_path):
+    config = TrainConfig().updated(PRESETS["paper-plants"])
+    config = config.updated(
+        {"data": "leaves:3", "max_steps": 2, "validate_every": 2, "validation_crops": 1, "model": {"max_steps": 2}}
+    )
+    trainer = Trainer(config, tmp_path)
+    before = {name: parameter.detach().clone() for name, parameter in trainer.model.named_parameters()}
+    batch = trainer.batch(0, trainer.curriculum.stage)
+    assert batch.images.shape == (1, 3, 530, 500)
+    with torch.no_grad():
+        assert trainer.model(batch.images, 1).mask_logits.shape == (1, 1, 106, 100)
+    model = fastris.load(trainer.run())
+    assert model.config == config.model
+    for name, parameter in trainer.model.named_parameters():
+        moved = (parameter - before[name]).abs().max().item()
+        assert 0 < moved <= 2.1e-4 or name.endswith("project.bias"), name  # Adam's first steps are about the rate each
+    assert [row["stage"] for row in rows(tmp_path / "train.csv")] == ["1", "1"]
+
+
+def test_fcn8s_starts_from_its_weights_and_keeps_what_is_frozen(config, tmp_path):
+    from fastris.nn import FCN8s
+
+    source = FCN8s(channels=21, fc_channels=8)
+    weights = {name: tensor for name, tensor in source.state_dict().items() if name not in ("mean", "std")}
+    torch.save(weights, tmp_path / "fcn8s.pth")
+    stages = ["conv1", "conv2", "conv3", "conv4", "conv5", "fc6"]
+    config = config.updated(
+        {
+            "max_steps": 1, "validate_every": 1, "validation_crops": 1, "warmup": 0, "frozen": stages,
+            "backbone_weights": str(tmp_path / "fcn8s.pth"), "ema": 0.9,
+            "model": {"backbone": "fcn8s", "fc_channels": 8, "mask_head": "inhibition", "padding": "same"},
+        }
+    )  # fmt: skip
+    trainer = Trainer(config, tmp_path / "run")
+    trainer.run()
+    for name, tensor in trainer.model.backbone.state_dict().items():
+        if name.split(".")[0].split("_")[0] in stages and name != "conv1_1.weight":
+            assert torch.equal(tensor, weights[name]), name
+    assert not torch.equal(trainer.model.backbone.fc7.weight, weights["fc7.weight"])
+    (tmp_path / "fcn8s.pth").unlink()
+    resumed = Trainer(config.updated({"max_steps": 2}), tmp_path / "run", resume=True)
+    assert torch.equal(resumed.model.backbone.fc7.weight, trainer.model.backbone.fc7.weight)
+    from fastris.loading import read_metadata
+
+    assert read_metadata(tmp_path / "run" / "model.safetensors")["training"]["backbone_weights"] == "fcn8s.pth"
