@@ -122,12 +122,12 @@ class RecurrentInstanceSegmenter(nn.Module):
         else:
             self.mask_head = SpatialInhibition(config.hidden_channels, config.inhibition_init)
         self.confidence_head = ConfidenceHead(config.hidden_channels, config.confidence_pool, config.confidence_map)
-        multiple = self.backbone.multiple
-        if self.input_size and (self.backbone.offset or any(side % multiple for side in self.input_size)):
-            remedy = (
-                "padding 'same'" if self.backbone.offset else f"a map of an image with sides of multiples of {multiple}"
-            )
-            raise InputError(f"confidence_map: an unpooled confidence head needs {remedy} here")
+        if self.input_size is not None:
+            multiple = self.backbone.multiple
+            if self.backbone.offset:
+                raise InputError("confidence_map: an unpooled confidence head needs padding 'same'")
+            if any(side % multiple for side in self.input_size):
+                raise InputError(f"confidence_map: must be of an image with sides of multiples of {multiple} pixels")
         if config.initialization == "released":
             self._initialize_as_released()
 
@@ -184,12 +184,14 @@ class RecurrentInstanceSegmenter(nn.Module):
     def _encode(self, images: Tensor) -> _Context:
         images = self.backbone.normalize(images)
         height, width = images.shape[-2:]
-        full = self.input_size or tuple(
-            -(-size // self.backbone.multiple) * self.backbone.multiple for size in (height, width)
-        )
-        if height > full[0] or width > full[1]:
-            raise ValueError(f"images: this model takes at most {full[0]}×{full[1]} pixels, got {height}×{width}")
-        images = F.pad(images, (0, full[1] - width, 0, full[0] - height)).contiguous(memory_format=torch.channels_last)
+        if self.input_size is None:
+            below, right = -height % self.backbone.multiple, -width % self.backbone.multiple
+        else:
+            below, right = self.input_size[0] - height, self.input_size[1] - width
+            if min(below, right) < 0:
+                size = "×".join(map(str, self.input_size))
+                raise ValueError(f"images: this model takes at most {size} pixels, got {height}×{width}")
+        images = F.pad(images, (0, right, 0, below)).contiguous(memory_format=torch.channels_last)
         features, detail = self.backbone(images)
         cell = self.cells[0]
         hoisted = conv2d_same(features, cell.conv.weight[:, : features.shape[1]], cell.conv.bias)

@@ -33,16 +33,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             default = getattr(cls(), setting.name)
             if setting.name == "model":
                 continue
+            value = _Value(default)
             group.add_argument(
                 f"--{prefix}{setting.name.replace('_', '-')}",
                 dest=prefix + setting.name,
-                type=_Value(default),
+                type=value,
                 default=argparse.SUPPRESS,
-                metavar="A,B,…"
-                if isinstance(default, tuple)
-                else "HxW"
-                if default is None
-                else type(default).__name__.upper(),
+                metavar=value.metavar,
                 help=f"({_text(default)})",
             )
 
@@ -118,10 +115,12 @@ class _Value:
 
     def __init__(self, default: Any) -> None:
         self.default = default
-        kinds = {(): "list of names", None: "size HxW"}
-        self.__name__ = kinds.get(default) or (
-            "list of numbers" if isinstance(default, tuple) else type(default).__name__
-        )
+        if default is None:
+            self.__name__, self.metavar = "size HxW", "HxW"
+        elif isinstance(default, tuple):
+            self.__name__, self.metavar = "list of numbers" if default else "list of names", "A,B,…"
+        else:
+            self.__name__, self.metavar = type(default).__name__, type(default).__name__.upper()
 
     def __call__(self, text: str) -> Any:
         default = self.default

@@ -113,8 +113,6 @@ class TrainConfig:
             raise InputError(f"rotation: expected at most 180 degrees to either side, got {self.rotation}")
         if self.image_size is not None and (len(self.image_size) != 2 or min(self.image_size) < 1):
             raise InputError(f"image_size: expected a height and a width in pixels, got {list(self.image_size)}")
-        if self.image_size is not None and self.image_size[0] != self.image_size[1] and not self.rotation:
-            raise InputError(f"rotation: quarter turns need a square image_size, got {list(self.image_size)}")
         for name in ("backbone_weights", "frozen"):
             if getattr(self, name) and self.model.backbone != "fcn8s":
                 raise InputError(f"{name}: only for model.backbone 'fcn8s', not {self.model.backbone!r}")

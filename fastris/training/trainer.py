@@ -157,9 +157,9 @@ class Trainer:
     def batch(self, step: int, stage: Stage) -> Batch:
         """The training batch of a step."""
         config = self.config
-        transforms: list[Transform] = [
-            self._view(stage), RandomFlip(config.vertical_flip), RandomRotation(config.rotation or None),
-        ]  # fmt: skip
+        view = self._view(stage)
+        turns: list[Transform] = [RandomFlip(config.vertical_flip), RandomRotation(config.rotation or None)]
+        transforms = [view, *turns] if config.image_size is None else [*turns, view]  # what pads comes last
         if config.jitter or config.grey_probability or config.invert_probability:
             jitter = IntensityJitter(
                 0.1 * config.jitter, 0.2 * config.jitter, 0.2 * config.jitter, config.invert_probability,
