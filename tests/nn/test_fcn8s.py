@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -43,12 +45,18 @@ def narrow_vgg16(vgg16):
     return model.eval()
 
 
-@pytest.fixture
-def model():
+@pytest.fixture(scope="module")
+def trained():
+    """A model whose weights stand for trained ones; tests only read it."""
     model = FCN8s(channels=5, fc_channels=16)
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.1)
     return model.eval()
+
+
+@pytest.fixture
+def model(trained):
+    return copy.deepcopy(trained)
 
 
 def true_weights(model):
@@ -206,9 +214,10 @@ def test_same_padding_needs_multiples_of_32():
         FCN8s(padding="same")(torch.empty(1, 3, 32, 33))
 
 
-def test_an_fcn8s_checkpoint_takes_bgr_and_its_model_here_rgb(model):
-    weights = in_the_names_of_pytorch_fcn(model, 5)
-    here = FCN8s(channels=5, fc_channels=16)
+def test_an_fcn8s_checkpoint_takes_bgr_and_its_model_here_rgb(trained, model):
+    weights, here = in_the_names_of_pytorch_fcn(trained, 5), model
+    for parameter in here.parameters():
+        nn.init.zeros_(parameter)
     assert load_fcn8s(here, weights) == []
     images = torch.rand(1, 3, 8, 8)
     mean_bgr = torch.tensor([104.00698793, 116.66876762, 122.67891434]).view(3, 1, 1)
@@ -217,17 +226,16 @@ def test_an_fcn8s_checkpoint_takes_bgr_and_its_model_here_rgb(model):
     assert torch.equal(here.score_pool3.weight, weights["score_pool3.weight"])
 
 
-def test_files_of_every_kind_load_the_same(model, narrow_vgg16, tmp_path):
-    weights = in_the_names_of_pytorch_fcn(model, 5)
+def test_files_of_every_kind_load_the_same(trained, model, narrow_vgg16, tmp_path):
+    weights, here = in_the_names_of_pytorch_fcn(trained, 5), model
     torch.save(weights, tmp_path / "plain.pth")
     torch.save({"epoch": 1, "model_state_dict": weights}, tmp_path / "checkpoint.pth")
     save_file(weights, tmp_path / "plain.safetensors")
     torch.save(narrow_vgg16.state_dict(), tmp_path / "vgg16.pth")
-    here = FCN8s(channels=5, fc_channels=16)
     for name in ("plain.pth", "checkpoint.pth", "plain.safetensors"):
         nn.init.zeros_(here.fc7.weight)
         load_pretrained(here, tmp_path / name)
-        assert torch.equal(here.fc7.weight, model.fc7.weight), name
+        assert torch.equal(here.fc7.weight, trained.fc7.weight), name
     load_pretrained(here, tmp_path / "vgg16.pth")
     assert torch.equal(here.fc7.weight.flatten(1), narrow_vgg16.classifier[3].weight)
 
@@ -248,21 +256,19 @@ def test_files_of_every_kind_load_the_same(model, narrow_vgg16, tmp_path):
         ),
     ],
 )
-def test_a_file_that_does_not_fit_is_named_and_changes_nothing(model, tmp_path, change, message):
-    weights = in_the_names_of_pytorch_fcn(model, 5)
+def test_a_file_that_does_not_fit_is_named_and_changes_nothing(trained, model, tmp_path, change, message):
+    weights = {name: torch.zeros_like(tensor) for name, tensor in in_the_names_of_pytorch_fcn(trained, 5).items()}
     change(weights)
     torch.save(weights, tmp_path / "weights.pth")
-    here = FCN8s(channels=5, fc_channels=16)
-    before = {name: tensor.clone() for name, tensor in here.state_dict().items()}
     with pytest.raises(InputError, match=message):
-        load_pretrained(here, tmp_path / "weights.pth")
-    assert all(torch.equal(tensor, before[name]) for name, tensor in here.state_dict().items())
+        load_pretrained(model, tmp_path / "weights.pth")
+    assert all(torch.equal(tensor, trained.state_dict()[name]) for name, tensor in model.state_dict().items())
 
 
-def test_a_missing_or_damaged_file_is_named(model, tmp_path):
+def test_a_missing_or_damaged_file_is_named(trained, tmp_path):
     with pytest.raises(InputError, match="absent.pth: no such file"):
-        load_vgg16(model, tmp_path / "absent.pth")
+        load_vgg16(trained, tmp_path / "absent.pth")
     for name in ("broken.pth", "broken.safetensors"):
         (tmp_path / name).write_bytes(b"nothing")
         with pytest.raises(InputError, match=f"{name}: cannot read these weights"):
-            load_fcn8s(model, tmp_path / name)
+            load_fcn8s(trained, tmp_path / name)
