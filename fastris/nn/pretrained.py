@@ -35,17 +35,7 @@ def load_vgg16(model: FCN8s, weights: Weights) -> list[str]:
     Raises:
         InputError: an unreadable file, a missing or unexpected key, or another shape; the model stays as it was.
     """
-    tensors, name = _read(weights)
-    sources = {f"features.{k}": layer for k, layer in zip(_TORCHVISION_CONVOLUTIONS, _LAYERS, strict=True)}
-    sources |= {"classifier.0": "fc6", "classifier.3": "fc7"}
-    loaded = _renamed(tensors, sources, {"classifier.6"}, name)
-    for layer in (model.fc6, model.fc7):  # a linear layer over a flattened 7×7 map is a 7×7 convolution
-        key = "fc6.weight" if layer is model.fc6 else "fc7.weight"
-        if loaded[key].shape == (layer.out_channels, layer.weight[0].numel()):
-            loaded[key] = loaded[key].reshape(layer.weight.shape)
-    loaded["mean"] = torch.tensor([0.485, 0.456, 0.406])
-    loaded["std"] = torch.tensor([0.229, 0.224, 0.225])
-    return _load(model, loaded, name)
+    return _from_vgg16(model, *_read(weights))
 
 
 def load_fcn8s(model: FCN8s, weights: Weights) -> list[str]:
@@ -66,24 +56,39 @@ def load_fcn8s(model: FCN8s, weights: Weights) -> list[str]:
     Raises:
         InputError: an unreadable file, a missing or unexpected key, or another shape; the model stays as it was.
     """
-    tensors, name = _read(weights)
-    layers = {layer: layer for layer in (*_LAYERS, "fc6", "fc7", *_SCORES)}
-    loaded = _renamed(tensors, layers, {"upscore2", "upscore_pool4", "upscore8"}, name)
-    loaded["conv1_1.weight"] = loaded["conv1_1.weight"].flip(1)
-    loaded["mean"] = torch.tensor([122.67891434, 116.66876762, 104.00698793]) / 255
-    loaded["std"] = torch.full((3,), 1 / 255)
-    if loaded["score_fr.bias"].shape[0] != model.channels:
-        loaded = {key: tensor for key, tensor in loaded.items() if key.split(".")[0] not in _SCORES}
-    return _load(model, loaded, name)
+    return _from_fcn8s(model, *_read(weights))
 
 
 def load_pretrained(model: FCN8s, weights: Weights) -> list[str]:
     """:func:`load_vgg16` or :func:`load_fcn8s`, whichever the weights are for."""
     tensors, name = _read(weights)
-    try:
-        return (load_vgg16 if any(key.startswith("features.") for key in tensors) else load_fcn8s)(model, tensors)
-    except InputError as error:
-        raise InputError(f"{name}: {str(error).partition(': ')[2]}") from None
+    is_vgg16 = any(key.startswith("features.") for key in tensors)
+    return (_from_vgg16 if is_vgg16 else _from_fcn8s)(model, tensors, name)
+
+
+def _from_vgg16(model: FCN8s, tensors: Mapping[str, Tensor], name: str) -> list[str]:
+    sources = {f"features.{k}": layer for k, layer in zip(_TORCHVISION_CONVOLUTIONS, _LAYERS, strict=True)}
+    sources |= {"classifier.0": "fc6", "classifier.3": "fc7"}
+    loaded = _renamed(tensors, sources, {"classifier.6"}, name)
+    for layer in (model.fc6, model.fc7):  # a linear layer over a flattened 7×7 map is a 7×7 convolution
+        key = "fc6.weight" if layer is model.fc6 else "fc7.weight"
+        if loaded[key].shape == (layer.out_channels, layer.weight[0].numel()):
+            loaded[key] = loaded[key].reshape(layer.weight.shape)
+    loaded["mean"] = torch.tensor([0.485, 0.456, 0.406])
+    loaded["std"] = torch.tensor([0.229, 0.224, 0.225])
+    return _load(model, loaded, name)
+
+
+def _from_fcn8s(model: FCN8s, tensors: Mapping[str, Tensor], name: str) -> list[str]:
+    layers = {layer: layer for layer in (*_LAYERS, "fc6", "fc7", *_SCORES)}
+    loaded = _renamed(tensors, layers, {"upscore2", "upscore_pool4", "upscore8"}, name)
+    if loaded["conv1_1.weight"].dim() == 4:
+        loaded["conv1_1.weight"] = loaded["conv1_1.weight"].flip(1)
+    loaded["mean"] = torch.tensor([122.67891434, 116.66876762, 104.00698793]) / 255
+    loaded["std"] = torch.full((3,), 1 / 255)
+    if loaded["score_fr.bias"].shape != (model.channels,):
+        loaded = {key: tensor for key, tensor in loaded.items() if key.split(".")[0] not in _SCORES}
+    return _load(model, loaded, name)
 
 
 def _read(weights: Weights) -> tuple[Mapping[str, Tensor], str]:

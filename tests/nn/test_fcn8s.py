@@ -249,6 +249,10 @@ def test_files_of_every_kind_load_the_same(trained, model, narrow_vgg16, tmp_pat
             lambda weights: weights.update({"fc6.weight": torch.zeros(16, 512, 6, 7)}),
             "weights.pth: fc6.weight must be 16 x 512 x 7 x 7, got 16 x 512 x 6 x 7",
         ),
+        (
+            lambda weights: weights.update({"conv1_1.weight": torch.zeros(64)}),
+            "weights.pth: conv1_1.weight must be 64 x 3 x 3 x 3, got 64",
+        ),
         (lambda weights: weights.update(epoch=3), "weights.pth: not a state_dict"),
         (
             lambda weights: weights.update(loss=nn.Linear(1, 1)),

@@ -233,7 +233,7 @@ def test_a_picture_that_cannot_be_written_does_not_end_the_run(tmp_path, monkeyp
 
 WHOLE = {
     "instances": [2, 3, 0], "growth": 1, "patience": 1, "plateau": 0.9, "crop": [32, 32, 32], "batch_size": [2, 2, 2],
-    "stage_limit": [1.0, 1.0, 1.0], "image_size": [32, 40], "rotation": 20.0, "decay": False, "max_steps": 14,
+    "stage_limit": [1.0, 1.0, 1.0], "image_size": [32, 40], "rotation": 20.0, "decay": False, "max_steps": 10,
     "validate_every": 1, "validation_crops": 1,
 }  # fmt: skip
 
@@ -246,7 +246,7 @@ def test_a_run_interrupted_while_its_curriculum_grows_resumes_to_the_same_bits(c
     batch = broken.batch
 
     def interrupted(step, stage):
-        if step == 7:
+        if step == 5:
             raise KeyboardInterrupt
         return batch(step, stage)
 
@@ -254,11 +254,11 @@ def test_a_run_interrupted_while_its_curriculum_grows_resumes_to_the_same_bits(c
     with pytest.raises(KeyboardInterrupt):
         broken.run()
     resumed = Trainer(config, tmp_path / "broken", resume=True)
-    assert (resumed.step, resumed.curriculum.index) == (7, 1) and resumed.curriculum.grown > 0
+    assert (resumed.step, resumed.curriculum.index) == (5, 1) and resumed.curriculum.grown > 0
     assert resumed.curriculum.state_dict() == broken.curriculum.state_dict()
     resumed.run()
     assert straight.curriculum.state_dict() == resumed.curriculum.state_dict()
-    for file in ("model.safetensors", "checkpoints/step-00000014/state.safetensors"):
+    for file in ("model.safetensors", "checkpoints/step-00000010/state.safetensors"):
         one, two = load_file(tmp_path / "straight" / file), load_file(tmp_path / "broken" / file)
         assert all(torch.equal(one[name], two[name]) for name in one), file
     for file in ("train.csv", "validation.csv"):
@@ -280,6 +280,15 @@ def test_whole_images_show_all_and_the_curriculum_limits_the_steps(config, tmp_p
     trainer.curriculum.index, trainer.curriculum.grown = 1, 1
     trainer._loss(trainer.model, batch)
     assert seen[-1][1] == 4 <= most
+
+
+def test_crops_of_a_stage_of_all_instances_are_not_narrowed(config, tmp_path):
+    trainer = Trainer(config.updated({"instances": [2, 0], "crop": [64, 64]}), tmp_path)
+    whole = [sample.count for sample in trainer.train_data]
+    narrowed = trainer.batch(0, trainer.curriculum.stage).counts
+    trainer.curriculum.index = 1
+    batch = trainer.batch(0, trainer.curriculum.stage)
+    assert narrowed.max() <= 2 < batch.counts.min() and set(batch.counts.tolist()) <= set(whole)
 
 
 def test_a_learning_rate_can_stay(config, tmp_path):
