@@ -78,6 +78,8 @@ class RISLoss(nn.Module):
         place_weight: weight of ``−log p(place on the matched object)``, where p is the spatial softmax. 0 in the paper;
             above 0 it makes the choice of *which* object now a decision instead of a hedge.
         per_instance: divide each image's mask and place terms by its n, and its confidence term by T.
+        resolution: ``"image"``: masks are enlarged to the target's pixels. ``"map"``, the released plants code: the
+            target is read at the centres of the masks' cells, which costs less and may overlook small instances.
 
     ``forward(output, target, counts, num_labels=None)``: target is a label map (B, H, W), integer, with instances 1 … n
     without gaps, or masks (B, G, H, W) of which the first n are an image's own; counts (B,), integer, is n. Everything
@@ -85,9 +87,10 @@ class RISLoss(nn.Module):
     ``num_labels`` (any number ≥ every n; the work grows with it): then the largest count is read.
 
     Raises:
-        ValueError: an unknown ``variant``; shapes, dtypes or devices that do not fit; the message names the argument.
+        ValueError: an unknown ``variant`` or ``resolution``; shapes, dtypes or devices that do not fit; the message
+            names the argument.
 
-    Source: Romera-Paredes & Torr, ECCV 2016, eq. 6–8; bernard24/RIS for the variant.
+    Source: Romera-Paredes & Torr, ECCV 2016, eq. 6–8; bernard24/RIS for the variant and the resolution.
     """
 
     def __init__(
@@ -96,14 +99,18 @@ class RISLoss(nn.Module):
         confidence_weight: float = 1.0,
         place_weight: float = 0.0,
         per_instance: bool = False,
+        resolution: str = "image",
     ) -> None:
         super().__init__()
+        if resolution not in ("image", "map"):
+            raise ValueError(f"RISLoss: resolution must be 'image' or 'map', got {resolution!r}")
         if variant not in ("all", "first_n"):
             raise ValueError(f"RISLoss: variant must be 'all' or 'first_n', got {variant!r}")
         self.variant = variant
         self.confidence_weight = confidence_weight
         self.place_weight = place_weight
         self.per_instance = per_instance
+        self.resolution = resolution
 
     def forward(self, output: RISOutput, target: Tensor, counts: Tensor, num_labels: int | None = None) -> LossTerms:
         batch, steps = output.score_logits.shape
@@ -117,14 +124,19 @@ class RISLoss(nn.Module):
         elif num_labels is None:
             num_labels = int(counts.max()) if batch else 0
         dtype = torch.float64 if output.mask_logits.dtype == torch.float64 else torch.float32
-        size = (target.shape[-2], target.shape[-1])
-        logits = to_pixels(output.mask_logits.to(dtype), output.stride, output.offset, size)
+        logits, compared = output.mask_logits.to(dtype), target
+        if self.resolution == "map":
+            compared = at_centres(target, output.stride, output.offset, (logits.shape[-2], logits.shape[-1]))
+        else:
+            logits = to_pixels(logits, output.stride, output.offset, (target.shape[-2], target.shape[-1]))
         num_pred = counts.clamp_max(steps) if self.variant == "first_n" else None
         on_target = mass = None
         if self.place_weight:
             margin = (output.offset, 0, output.offset, 0)
             mass = place_on_target(output.log_place.to(dtype), F.pad(target, margin), num_labels)
-        matches = match(logits.sigmoid(), target, num_pred, counts, num_labels, None if mass is None else mass.detach())
+        matches = match(
+            logits.sigmoid(), compared, num_pred, counts, num_labels, None if mass is None else mass.detach()
+        )
         per_image = counts.clamp_min(1).to(dtype) if self.per_instance else 1.0
         mask = -(matches.iou.sum(1) / per_image).mean()
         place = mask.new_zeros(())
@@ -138,6 +150,15 @@ class RISLoss(nn.Module):
         confidence = (bce.mean(1) if self.per_instance else bce.sum(1)).mean()
         total = mask + self.confidence_weight * confidence + self.place_weight * place
         return LossTerms(total, mask, confidence, place)
+
+
+def at_centres(target: Tensor, stride: int, offset: int, size: tuple[int, int]) -> Tensor:
+    """The values of a target (…, H, W) at the centres of the cells of a map: (…, h, w), `size` = (h, w)."""
+    rows, columns = (
+        (torch.arange(cells, device=target.device) * stride + stride // 2 - offset).clamp(0, side - 1)
+        for cells, side in zip(size, target.shape[-2:], strict=True)
+    )
+    return target[..., rows.unsqueeze(1), columns]
 
 
 def place_on_target(log_place: Tensor, target: Tensor, num_labels: int) -> Tensor:

@@ -38,7 +38,7 @@ class TrainConfig:
         warmup: steps.
         gradient_clamp: every element of the gradient is clamped to ± this; 5 in the released code.
         gradient_norm: the whole gradient is scaled to at most this norm; 0 for no limit.
-        loss_variant, confidence_weight, place_weight, per_instance: see :class:`fastris.RISLoss`.
+        loss_variant, loss_resolution, confidence_weight, place_weight, per_instance: see :class:`fastris.RISLoss`.
         rotation: degrees to either side, uniform; 0 for quarter turns.
         vertical_flip: turn images upside down too, not only left to right.
         jitter: how strongly to change brightness, contrast and gamma; 1 for the transform's own ranges, 0 for not.
@@ -73,6 +73,7 @@ class TrainConfig:
     gradient_clamp: float = 5.0
     gradient_norm: float = 5.0
     loss_variant: str = "first_n"
+    loss_resolution: str = "image"
     confidence_weight: float = 1.0
     place_weight: float = 0.3
     per_instance: bool = True
@@ -121,7 +122,11 @@ class TrainConfig:
             raise InputError(f"frozen: expected names of {', '.join(STAGES)}, got {', '.join(unknown)}")
         if not 0 <= self.ema < 1:
             raise InputError(f"ema: expected a number from 0, below 1, got {self.ema}")
-        for name, allowed in (("loss_variant", ("all", "first_n")), ("precision", ("fp32", "bf16"))):
+        for name, allowed in (
+            ("loss_variant", ("all", "first_n")),
+            ("loss_resolution", ("image", "map")),
+            ("precision", ("fp32", "bf16")),
+        ):
             if getattr(self, name) not in allowed:
                 raise InputError(f"{name}: expected {' or '.join(allowed)}, got {getattr(self, name)!r}")
 
@@ -218,7 +223,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "default": {},
     "paper-plants": _merged(_PAPER, _PLANTS),
     "paper-person": _merged(_PAPER, _PERSON),
-    "released-plants": _merged(_PAPER, _PLANTS, _RELEASED),
+    "released-plants": _merged(_PAPER, _PLANTS, _RELEASED, {"loss_resolution": "map"}),
     "released-person": _merged(_PAPER, _PERSON, _RELEASED, {"instances": (2, 4, 10), "frozen": STAGES[:-1]}),
     "nuclei": {
         "max_steps": 9000,

@@ -87,7 +87,10 @@ class Trainer:
         self.model = self._new_model(resume).to(self.device)
         self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.average = _average_of(self.model, config.ema) if config.ema else None
-        self.loss = RISLoss(config.loss_variant, config.confidence_weight, config.place_weight, config.per_instance)
+        self.loss = RISLoss(
+            config.loss_variant, config.confidence_weight, config.place_weight, config.per_instance,
+            config.loss_resolution,
+        )  # fmt: skip
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=config.learning_rate)
         most = 0
         if not config.instances[-1]:

@@ -120,6 +120,26 @@ def test_maps_that_begin_outside_the_image_are_compared_at_their_place():
     assert terms.place.item() == pytest.approx(0.0, abs=1e-4)
 
 
+def test_at_the_resolution_of_the_map_a_target_is_read_at_the_centres_of_cells():
+    labels = torch.zeros(1, 9, 10, dtype=torch.int64)
+    labels[0, 2, 7] = 1  # the centre of cell (0, 1) of a map of stride 5
+    labels[0, 3:, :2] = 2  # of no centre
+    inside = torch.tensor([[False, True], [False, False]])
+    output = make_output(1, 2, size=2)._replace(
+        mask_logits=torch.where(inside, 30.0, -30.0).double().expand(1, 2, 2, 2), stride=5, place_stride=5
+    )
+    loss = RISLoss(resolution="map")
+    assert loss(output, labels, torch.tensor([2])).mask.item() == pytest.approx(-1.0)
+    masks = torch.stack([labels == 1, labels == 2], dim=1).double()
+    assert loss(output, masks, torch.tensor([2])).mask.item() == pytest.approx(-1.0)
+    assert RISLoss()(output, labels, torch.tensor([2])).mask.item() > -0.2
+    moved = output._replace(offset=2)  # now row 0, column 5 is the centre
+    assert loss(moved, labels, torch.tensor([2])).mask.item() == pytest.approx(0.0, abs=1e-9)
+    assert loss(moved, labels.roll((-2, -2), (1, 2)), torch.tensor([2])).mask.item() == pytest.approx(-1.0)
+    with pytest.raises(ValueError, match="resolution must be 'image' or 'map', got 'pixel'"):
+        RISLoss(resolution="pixel")
+
+
 def test_place_mass_counts_every_cell_that_an_instance_touches():
     labels = torch.zeros(1, 4, 4, dtype=torch.int64)
     labels[0, 0, 0], labels[0, 3, 1] = 1, 2

@@ -49,7 +49,10 @@ def test_what_departs_from_the_paper_is_listed():
     assert of("paper-plants", seed=3, data="leaves:9", max_steps=7, crop=(9, 9, 9))[1] == []  # it says nothing of these
     assert of("paper-plants", batch_size=(4, 4, 4))[1] == [("batch_size", (4, 4, 4), (1, 1, 1))]
     released = [("extra_steps", 1, 2), ("loss_variant", "first_n", "all"), ("model.mask_threshold", 0.9, 0.5)]
-    assert of("released-plants") == ("paper-plants", released)
+    assert of("released-plants") == (
+        "paper-plants",
+        [*released[:2], ("loss_resolution", "map", "image"), *released[2:]],
+    )
     paper, rows = of("released-person")
     assert paper == "paper-person" and set(released) < set(rows)
     assert ("frozen", ("conv1", "conv2", "conv3", "conv4", "conv5", "fc6", "fc7"), ()) in rows
@@ -83,6 +86,7 @@ def test_whole_numbers_and_lists_of_a_toml_file_become_what_the_settings_are(tmp
         ({"instances": []}, "instances: expected 1 positive numbers"),
         ({"stage_limit": [1.0, 0.5]}, "stage_limit: expected shares that rise to 1"),
         ({"loss_variant": "last"}, "loss_variant: expected all or first_n, got 'last'"),
+        ({"loss_resolution": "half"}, "loss_resolution: expected image or map"),
         ({"precision": "fp8"}, "precision: expected fp32 or bf16, got 'fp8'"),
         ({"grey_probability": 2.0}, "grey_probability: expected a number from 0 to 1"),
         ({"seed": -1}, "seed: expected a number from 0"),

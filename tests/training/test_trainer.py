@@ -291,6 +291,16 @@ def test_crops_of_a_stage_of_all_instances_are_not_narrowed(config, tmp_path):
     assert narrowed.max() <= 2 < batch.counts.min() and set(batch.counts.tolist()) <= set(whole)
 
 
+def test_the_loss_is_what_the_settings_ask_for(config, tmp_path):
+    asked = {
+        "loss_variant": "all", "loss_resolution": "map", "confidence_weight": 0.5, "place_weight": 0.2,
+        "per_instance": False,
+    }  # fmt: skip
+    loss = Trainer(config.updated(asked), tmp_path).loss
+    assert (loss.variant, loss.resolution, loss.confidence_weight) == ("all", "map", 0.5)
+    assert (loss.place_weight, loss.per_instance) == (0.2, False)
+
+
 def test_a_learning_rate_can_stay(config, tmp_path):
     trainer = Trainer(config.updated({"decay": False, "warmup": 0}), tmp_path)
     assert [trainer.learning_rate(step) for step in (0, 5)] == [config.learning_rate] * 2
