@@ -88,6 +88,11 @@ def test_a_mask_lies_where_its_cells_look():
     assert (rows.tolist(), columns.tolist()) == (list(range(13, 21)), list(range(21, 29)))
     output = model(torch.rand(1, 3, 32, 40), 1)
     assert output.mask_logits.shape[2:] == (5, 6)
+    trace = model.trace(torch.rand(3, 32, 40), max_steps=1, threshold=0.0)
+    assert trace.cell == (1, 1) and (trace.masks[0] == found.masks[0]).all()
+    rows, columns = (trace.log_place[0] == 30).nonzero()
+    assert (rows.min(), rows.max(), columns.min(), columns.max()) == (13, 20, 21, 28)
+    assert trace.log_place.shape == (1, 32, 40)
 
 
 @pytest.mark.parametrize(("size", "seen"), [((30, 60), (25, 50)), ((120, 60), (60, 30)), ((60, 50), (60, 50))])
