@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 PathLike = str | os.PathLike[str]
 
 MAX_LABEL = 65535  # what a 16-bit PNG holds
+VOID = -1  # the label of pixels that count neither way
+_PALETTE_VOID = 255
 
 
 def read_image(path: PathLike) -> np.ndarray:
@@ -47,31 +49,39 @@ def read_image(path: PathLike) -> np.ndarray:
 
 
 def read_label_map(path: PathLike) -> np.ndarray:
-    """A label map file as instance ids, int32 (H, W), 0 = background.
+    """A label map file as instance ids, int32 (H, W), 0 = background, −1 = void.
 
-    8-, 16- and 32-bit greys and palette images hold the ids themselves. In a colour image every distinct colour is an
-    instance and black is background; ids then follow the colours' order as hexadecimal numbers. Alpha is dropped.
+    8-, 16- and 32-bit greys and palette images hold the ids themselves; 255 in a palette image, as in Pascal VOC, is
+    void. In a colour image every distinct colour is an instance and black is background; ids then follow the colours'
+    order as hexadecimal numbers. Alpha is dropped.
 
     Raises:
         InputError: as for :func:`read_image`, or values that are not instance ids.
     """
     image = _open(path)
-    if image.mode in ("P", "1", "L") or image.mode.startswith("I"):
-        values = np.asarray(image)
-    elif image.mode in ("LA", "PA"):
-        values = np.asarray(image)[:, :, 0]
-    elif image.mode == "F":
-        values = np.asarray(image)
-        if not np.isfinite(values).all() or (values != np.round(values)).any():
-            raise InputError(f"{path}: a label map holds whole numbers, this has fractions")
-    else:
-        colours = np.asarray(image if image.mode == "RGB" else image.convert("RGB")).astype(np.int32)
-        packed = colours[:, :, 0] << 16 | colours[:, :, 1] << 8 | colours[:, :, 2]
-        ids, values = np.unique(np.append(packed.ravel(), 0), return_inverse=True)  # 0 first: background
-        return values[:-1].reshape(packed.shape).astype(np.int32)
-    if values.size and (values.min() < 0 or values.max() > np.iinfo(np.int32).max):
-        raise InputError(f"{path}: a label map holds ids from 0, this has {values.min():g} to {values.max():g}")
-    return values.astype(np.int32)
+    if image.mode in ("P", "PA"):
+        indices = np.asarray(image if image.mode == "P" else image.getchannel(0)).astype(np.int32)
+        return np.where(indices == _PALETTE_VOID, VOID, indices)
+    if _holds_numbers(image):
+        return _whole_numbers(path, image)
+    colours = np.asarray(image if image.mode == "RGB" else image.convert("RGB")).astype(np.int32)
+    packed = colours[:, :, 0] << 16 | colours[:, :, 1] << 8 | colours[:, :, 2]
+    ids, values = np.unique(np.append(packed.ravel(), 0), return_inverse=True)  # 0 first: background
+    return values[:-1].reshape(packed.shape).astype(np.int32)
+
+
+def read_indices(path: PathLike) -> np.ndarray:
+    """The numbers that a grey or palette image file holds, int32 (H, W), as they are.
+
+    Raises:
+        InputError: as for :func:`read_image`, a colour image, or numbers that are negative or not whole.
+    """
+    image = _open(path)
+    if image.mode == "P":
+        return np.asarray(image).astype(np.int32)
+    if not _holds_numbers(image):
+        raise InputError(f"{path}: expected a grey or palette image, got one of mode {image.mode}")
+    return _whole_numbers(path, image)
 
 
 def write_label_map(path: PathLike, labels: np.ndarray) -> None:
@@ -170,6 +180,20 @@ def _open(path: PathLike, upright: bool = False) -> Image.Image:
     except (OSError, SyntaxError, ValueError, EOFError, IndexError, struct.error, MemoryError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise InputError(f"{path}: cannot read this image: {reason}") from None
+
+
+def _holds_numbers(image: Image.Image) -> bool:
+    return image.mode in ("1", "L", "LA", "F") or image.mode.startswith("I")
+
+
+def _whole_numbers(path: PathLike, image: Image.Image) -> np.ndarray:
+    """The values of a grey image as int32."""
+    values = np.asarray(image.getchannel(0) if image.mode == "LA" else image)
+    if image.mode == "F" and (not np.isfinite(values).all() or (values != np.round(values)).any()):
+        raise InputError(f"{path}: a label map holds whole numbers, this has fractions")
+    if values.size and (values.min() < 0 or values.max() > np.iinfo(np.int32).max):
+        raise InputError(f"{path}: a label map holds ids from 0, this has {values.min():g} to {values.max():g}")
+    return values.astype(np.int32)
 
 
 def _umask() -> int:

@@ -10,9 +10,11 @@ from PIL import Image
 
 from fastris.errors import InputError
 from fastris.imageio import (
+    VOID,
     atomic_write,
     make_output_directory,
     read_image,
+    read_indices,
     read_label_map,
     write_image,
     write_label_map,
@@ -116,6 +118,27 @@ def test_palette_label_maps_hold_the_indices(tmp_path: Path) -> None:
     indices = np.asarray(image)
     image.save(tmp_path / "a.png")
     np.testing.assert_array_equal(read_label_map(tmp_path / "a.png"), indices)
+
+
+@pytest.mark.parametrize("mode", ["P", "PA"])
+def test_index_255_of_a_palette_is_void(tmp_path: Path, mode: str) -> None:
+    image = Image.fromarray(np.array([[0, 1], [254, 255]], np.uint8), "P")
+    image.putpalette(bytes(range(256)) * 3)
+    image.convert(mode).save(tmp_path / "a.tif")
+    np.testing.assert_array_equal(read_label_map(tmp_path / "a.tif"), [[0, 1], [254, VOID]])
+    grey = save(tmp_path / "b.png", np.array([[0, 255]], np.uint8))
+    np.testing.assert_array_equal(read_label_map(grey), [[0, 255]])
+
+
+def test_indices_are_what_the_file_holds(tmp_path: Path) -> None:
+    values = np.array([[0, 7], [24003, 65535]], np.uint16)
+    np.testing.assert_array_equal(read_indices(save(tmp_path / "a.png", values)), values)
+    palette = Image.fromarray(np.array([[0, 255]], np.uint8), "P")
+    palette.putpalette(bytes(range(256)) * 3)
+    palette.save(tmp_path / "b.png")
+    np.testing.assert_array_equal(read_indices(tmp_path / "b.png"), [[0, 255]])
+    with pytest.raises(InputError, match=r"c\.png: expected a grey or palette image, got one of mode RGB"):
+        read_indices(save(tmp_path / "c.png", np.zeros((2, 2, 3), np.uint8)))
 
 
 def test_in_colour_label_maps_each_colour_is_an_instance(tmp_path: Path) -> None:

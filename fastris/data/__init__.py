@@ -8,7 +8,7 @@ from fastris.data.folder import FolderDataset
 from fastris.data.leaves import LeavesDataset
 from fastris.data.nuclei import NucleiDataset
 from fastris.data.open import open_dataset
-from fastris.data.sample import Sample, in_validation, relabel
+from fastris.data.sample import VOID, Sample, in_validation, relabel
 from fastris.data.transforms import (
     Compose,
     Fit,
@@ -21,6 +21,7 @@ from fastris.data.transforms import (
 )
 
 __all__ = [
+    "VOID",
     "Batch",
     "Compose",
     "Fit",

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from fastris.data.sample import Sample
+from fastris.data.sample import VOID, Sample
 from fastris.errors import InputError
 
 
@@ -18,7 +18,7 @@ class Batch:
 
     Attributes:
         images: float32 (B, 3, H, W) in [0, 1], zero right of and below each image.
-        labels: int64 (B, H, W); 0 is background and padding.
+        labels: int64 (B, H, W); 0 is background, −1 is void and padding.
         counts: int64 (B,), instances in each image.
         names: the samples' names.
         sizes: (H, W) of each image before padding.
@@ -53,7 +53,7 @@ class Batch:
 
 
 def collate(samples: Sequence[Sample], multiple: int = 8) -> Batch:
-    """Pad samples with zeros to a common size, a multiple of `multiple` in both directions.
+    """Pad samples to a common size, a multiple of `multiple` in both directions: images with zeros, labels with void.
 
     Raises:
         InputError: no samples, or `multiple` below 1.
@@ -66,7 +66,7 @@ def collate(samples: Sequence[Sample], multiple: int = 8) -> Batch:
     height = -(-max(size[0] for size in sizes) // multiple) * multiple
     width = -(-max(size[1] for size in sizes) // multiple) * multiple
     images = torch.zeros(len(samples), 3, height, width)
-    labels = torch.zeros(len(samples), height, width, dtype=torch.int64)
+    labels = torch.full((len(samples), height, width), VOID, dtype=torch.int64)
     for index, (sample, (rows, columns)) in enumerate(zip(samples, sizes, strict=True)):
         images[index, :, :rows, :columns] = sample.image
         labels[index, :rows, :columns] = sample.labels

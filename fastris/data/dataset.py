@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from fastris.data.sample import Sample, in_validation
+from fastris.data.sample import VOID, Sample, in_validation
 from fastris.errors import InputError
 
 SPLITS = ("train", "validation", "all")
@@ -92,10 +92,11 @@ def _pack(sample: Sample) -> tuple[np.ndarray, np.ndarray]:
     image = sample.image.numpy()
     if (image[0] == image[1]).all() and (image[0] == image[2]).all():
         image = image[:1].copy()
-    return image, sample.labels.numpy().astype(np.min_scalar_type(sample.count))
+    shifted = sample.labels.numpy() - VOID  # from 0, so that void fits an unsigned integer
+    return image, shifted.astype(np.min_scalar_type(sample.count - VOID))
 
 
 def _unpack(image: np.ndarray, labels: np.ndarray, name: str) -> Sample:
     pixels = np.empty((3, *labels.shape), np.uint8)
     pixels[:] = image
-    return Sample(torch.from_numpy(pixels), torch.from_numpy(labels.astype(np.int32)), name)
+    return Sample(torch.from_numpy(pixels), torch.from_numpy(labels.astype(np.int32) + VOID), name)

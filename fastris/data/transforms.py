@@ -1,5 +1,7 @@
 """Random transforms of image and labels together, each a function of the sample and a generator's state.
 
+What a crop or a rotation brings in from outside the image is black in the image and void in the labels.
+
 The work is NumPy's and Pillow's: at these sizes, waking PyTorch's threads costs more than the arithmetic,
 far more where others hold the cores. A crop of 128x128, a flip, a quarter turn and an intensity change
 together take about 0.5 ms on one core.
@@ -13,7 +15,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 
-from fastris.data.sample import Sample, relabel
+from fastris.data.sample import VOID, Sample, relabel
 from fastris.errors import InputError
 
 Transform = Callable[[Sample, torch.Generator], Sample]
@@ -33,14 +35,14 @@ def _integer(high: int, generator: torch.Generator) -> int:
 
 def _visible(labels: np.ndarray, min_area: int) -> int:
     """How many instances have at least `min_area` pixels in `labels`."""
-    areas = np.bincount(labels.reshape(-1))
-    return int(np.count_nonzero(areas[1:] >= min_area))
+    areas = np.bincount(labels.reshape(-1) - VOID)  # of void, background, 1, 2 …
+    return int(np.count_nonzero(areas[2:] >= min_area))
 
 
 def _window(sample: Sample, top: int, left: int, height: int, width: int, min_area: int) -> Sample:
-    """The part of a sample inside a window, zero beyond the image, with its instances numbered anew."""
+    """The part of a sample inside a window, void beyond the image, with its instances numbered anew."""
     image = np.zeros((3, height, width), np.uint8)
-    labels = np.zeros((height, width), np.int32)
+    labels = np.full((height, width), VOID, np.int32)
     view = sample.labels[top : top + height, left : left + width].numpy()
     rows, columns = view.shape
     image[:, :rows, :columns] = sample.image[:, top : top + height, left : left + width].numpy()
@@ -73,8 +75,7 @@ class RandomCrop:
     labels nearest). So the limit always holds, and crowded images are seen at a larger scale. `min_instances`
     is a wish: an image may have none.
 
-    An image smaller than `size` is padded with zeros at the right and below, as :func:`fastris.data.collate`
-    pads.
+    An image smaller than `size` is padded at the right and below, as :func:`fastris.data.collate` pads.
 
     Args:
         size: pixels, (height, width) or one number for both.
@@ -207,8 +208,7 @@ class RandomRotation:
 
     Args:
         degrees: None for a multiple of 90 degrees, which loses nothing; else the angle is uniform in
-            ±`degrees`, the image is sampled bilinearly and the labels by nearest neighbour, the size stays,
-            and what comes from outside the image is zero.
+            ±`degrees`, the image is sampled bilinearly and the labels by nearest neighbour, and the size stays.
         min_area: with an angle, an instance with fewer pixels than this left becomes background.
     """
 
@@ -240,7 +240,7 @@ class RandomRotation:
         image = Image.fromarray(sample.image.permute(1, 2, 0).numpy())
         turned = np.asarray(image.transform(size, affine, source, Image.Resampling.BILINEAR))
         labels = Image.fromarray(sample.labels.numpy())
-        numbered = np.asarray(labels.transform(size, affine, source, Image.Resampling.NEAREST))
+        numbered = np.asarray(labels.transform(size, affine, source, Image.Resampling.NEAREST, fillcolor=VOID))
         return _sample(turned.transpose(2, 0, 1).copy(), relabel(numbered, self.min_area), sample.name)
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fastris.nn.model import RISOutput, to_pixels
 from fastris.ops.assignment import assignment
-from fastris.ops.soft_iou import soft_iou
+from fastris.ops.soft_iou import check_pred_and_target, soft_iou
 
 
 class Matches(NamedTuple):
@@ -51,9 +51,13 @@ def match(
     without ``num_labels``, whose maximum is read.
 
     Args:
-        pred, target, num_pred, num_target, num_labels: as in :func:`fastris.soft_iou`.
+        pred, target, num_pred, num_target, num_labels: as in :func:`fastris.soft_iou`, except that the negative pixels
+            of a label map are void: the IoU is that of the others.
         bonus: optional (B, T, G), added to the IoU for the matching alone.
     """
+    check_pred_and_target(pred, target)
+    if target.dim() == 3:
+        pred = pred.masked_fill((target < 0).unsqueeze(1), 0.0)
     iou = soft_iou(pred, target, num_pred, num_target, num_labels)
     cost = -iou.detach() if bonus is None else -(iou.detach() + bonus)
     target_of_pred = assignment(cost, num_pred, num_target).col_of_row
@@ -82,9 +86,12 @@ class RISLoss(nn.Module):
             target is read at the centres of the masks' cells, which costs less and may overlook small instances.
 
     ``forward(output, target, counts, num_labels=None)``: target is a label map (B, H, W), integer, with instances 1 … n
-    without gaps, or masks (B, G, H, W) of which the first n are an image's own; counts (B,), integer, is n. Everything
-    stays on the device: no host sync, one graph under ``torch.compile``. The one exception is a label map without
-    ``num_labels`` (any number ≥ every n; the work grows with it): then the largest count is read.
+    without gaps, 0 = background and −1 = void, or masks (B, G, H, W) of which the first n are an image's own; counts
+    (B,), integer, is n. Void pixels neither reward nor punish: a mask gets no gradient there, and the place term is of
+    the other cells.
+
+    Everything stays on the device: no host sync, one graph under ``torch.compile``. The one exception is a label map
+    without ``num_labels`` (any number ≥ every n; the work grows with it): then the largest count is read.
 
     Raises:
         ValueError: an unknown ``variant`` or ``resolution``; shapes, dtypes or devices that do not fit; the message
@@ -165,12 +172,14 @@ def place_on_target(log_place: Tensor, target: Tensor, num_labels: int) -> Tenso
     """The share of each step's spatial softmax that lies on each instance: (B, T, h, w), target → (B, T, G).
 
     A cell belongs to the highest label among its pixels, or to every mask that has one of them, so that no instance is
-    too small to have a cell.
+    too small to have a cell. The softmax is that over the cells which are not void throughout.
     """
     maps = target if target.dim() == 4 else target.unsqueeze(1)
     images = maps.to(torch.float32).flatten(0, 1).unsqueeze(1)  # pooling takes no empty dimension but the first
     cells = F.adaptive_max_pool2d(images, log_place.shape[-2:]).view(*maps.shape[:2], *log_place.shape[-2:])
     if target.dim() == 3:
+        lowest = torch.finfo(log_place.dtype).min  # not −inf: an image may be all void
+        log_place = log_place.masked_fill(cells < 0, lowest).flatten(2).log_softmax(2).view_as(log_place)
         cells = cells == torch.arange(1, num_labels + 1, device=target.device).view(1, -1, 1, 1)
     on_instance = cells.to(log_place.dtype)
     return log_place.exp().flatten(2) @ on_instance.flatten(2).transpose(1, 2)

@@ -106,6 +106,24 @@ torch.library.register_autograd("fastris::soft_iou_backward", _no_second_gradien
 _MASK_DTYPES = (torch.bool, torch.uint8, torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
+def check_pred_and_target(pred: Tensor, target: Tensor) -> None:
+    """The first two arguments of :func:`soft_iou`, with its errors."""
+    for name, tensor in (("pred", pred), ("target", target)):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"soft_iou: {name} must be a tensor, got {type(tensor).__name__}")
+    if pred.dim() != 4 or not pred.is_floating_point():
+        raise ValueError(f"soft_iou: pred must be floating (B,P,H,W), got {describe(pred)}")
+    if target.dim() == 3:
+        if target.is_floating_point() or target.is_complex() or target.dtype == torch.bool:
+            raise ValueError(f"soft_iou: target labels must be integer (B,H,W), got {describe(target)}")
+    elif target.dim() != 4 or target.is_complex():
+        raise ValueError(f"soft_iou: target must be masks (B,G,H,W) or labels (B,H,W), got {describe(target)}")
+    if target.shape[0] != pred.shape[0] or target.shape[-2:] != pred.shape[-2:]:
+        raise ValueError(f"soft_iou: target must match pred {describe(pred)} in B, H and W, got {describe(target)}")
+    if target.device != pred.device:
+        raise ValueError(f"soft_iou: target must be on {pred.device} like pred, got {target.device}")
+
+
 def soft_iou(
     pred: Tensor,
     target: Tensor,
@@ -141,20 +159,7 @@ def soft_iou(
         >>> fastris.soft_iou(torch.tensor([[[[1.0, 0.0, 0.0, 1.0]]]]), labels, num_labels=2)
         tensor([[[0.3333, 0.5000]]])
     """
-    for name, tensor in (("pred", pred), ("target", target)):
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"soft_iou: {name} must be a tensor, got {type(tensor).__name__}")
-    if pred.dim() != 4 or not pred.is_floating_point():
-        raise ValueError(f"soft_iou: pred must be floating (B,P,H,W), got {describe(pred)}")
-    if target.dim() == 3:
-        if target.is_floating_point() or target.is_complex() or target.dtype == torch.bool:
-            raise ValueError(f"soft_iou: target labels must be integer (B,H,W), got {describe(target)}")
-    elif target.dim() != 4 or target.is_complex():
-        raise ValueError(f"soft_iou: target must be masks (B,G,H,W) or labels (B,H,W), got {describe(target)}")
-    if target.shape[0] != pred.shape[0] or target.shape[-2:] != pred.shape[-2:]:
-        raise ValueError(f"soft_iou: target must match pred {describe(pred)} in B, H and W, got {describe(target)}")
-    if target.device != pred.device:
-        raise ValueError(f"soft_iou: target must be on {pred.device} like pred, got {target.device}")
+    check_pred_and_target(pred, target)
     num_pred = check_counts("soft_iou", "num_pred", num_pred, pred, "pred")
     num_target = check_counts("soft_iou", "num_target", num_target, pred, "pred")
     if target.dim() == 4:

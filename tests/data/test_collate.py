@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fastris.data import LeavesDataset, Sample, collate
+from fastris.data import VOID, LeavesDataset, Sample, collate
 from fastris.errors import InputError
 
 
@@ -30,7 +30,15 @@ def test_sizes_and_counts_may_differ():
     assert (batch.images[0, :, :5, :9] == 1).all()
     assert batch.images.sum() == 3 * (5 * 9 + 17 * 2)
     assert batch.labels[0].max() == 3
+    assert (batch.labels[0, :5, :9] >= 0).all()
+    assert (batch.labels == VOID).sum() == 2 * 24 * 16 - (5 * 9 + 17 * 2)
     assert len(batch) == 2
+
+
+def test_void_stays_void():
+    one = sample(4, 4, 2)
+    one.labels[3, 3] = VOID
+    assert torch.equal(collate([one], 4).labels[0], one.labels.long())
 
 
 @pytest.mark.parametrize(("multiple", "expected"), [(1, 65), (8, 72), (32, 96)])

@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 
 from fastris.data import (
+    VOID,
     FolderDataset,
     LeavesDataset,
     NucleiDataset,
@@ -147,6 +148,17 @@ class TestNuclei:
         assert np.array_equal(dataset[0].image.numpy().transpose(1, 2, 0), grey)
         dataset[0].image.zero_()  # a caller's change stays the caller's
         assert np.array_equal(dataset[0].image.numpy().transpose(1, 2, 0), grey)
+
+    def test_void_comes_back_from_the_cache(self, tmp_path):
+        labels = np.tile(np.arange(256, dtype=np.uint8), (2, 1))  # 254 instances, background and void
+        image = Image.fromarray(labels, "P")
+        image.putpalette(bytes(range(256)) * 3)
+        image.save(tmp_path / "x_label.png")
+        save(tmp_path / "x_rgb.png", noise(2, 256, 3))
+        dataset = FolderDataset(tmp_path)
+        first, second = dataset[0], dataset[0]
+        assert first.labels[0].tolist() == [*range(255), VOID]
+        assert torch.equal(first.labels, second.labels)
 
     def test_pickles_for_workers(self, nuclei):
         dataset = pickle.loads(pickle.dumps(NucleiDataset(zipped(nuclei), "all")))

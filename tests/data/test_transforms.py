@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastris.data import (
+    VOID,
     Compose,
     Fit,
     IntensityJitter,
@@ -43,11 +44,12 @@ def tagged(labels: np.ndarray) -> Sample:
 
 
 def assert_valid(sample: Sample, least: int = 1) -> None:
-    """Types, shapes, and ids 1..n without gaps, none with fewer pixels than `least`."""
+    """Types, shapes, and ids 1..n without gaps, none with fewer pixels than `least`, beside background and void."""
     assert sample.image.dtype == torch.uint8
     assert sample.labels.dtype == torch.int32
     assert sample.image.shape == (3, *sample.labels.shape)
-    areas = np.bincount(sample.labels.numpy().reshape(-1))[1:]
+    assert sample.labels.min() >= VOID
+    areas = np.bincount(sample.labels.numpy().reshape(-1) - VOID)[2:]
     assert len(areas) == sample.count
     assert (areas >= least).all()
 
@@ -72,6 +74,11 @@ class TestRelabel:
     @pytest.mark.parametrize("shape", [(0, 3), (1, 1), (4, 5)])
     def test_nothing_there(self, shape):
         assert relabel(np.zeros(shape, np.int64)).tolist() == np.zeros(shape).tolist()
+
+    def test_void_stays_void(self):
+        labels = np.array([[-1, 9, 9], [4, -7, 9]])
+        assert relabel(labels, min_area=2).tolist() == [[VOID, 1, 1], [0, VOID, 1]]
+        assert relabel(np.full((1, 2), -1)).tolist() == [[VOID, VOID]]
 
     def test_ids_far_apart(self):
         assert relabel(np.array([[2**40, 0, 5]])).tolist() == [[1, 0, 2]]
@@ -115,7 +122,8 @@ class TestRandomCrop:
         assert crop.size == (8, 8)
         assert torch.equal(crop.image[:, :5, :5], sample.image)
         assert crop.image[:, 5:].count_nonzero() == crop.image[:, :, 5:].count_nonzero() == 0
-        assert crop.labels.count_nonzero() == 25
+        assert (crop.labels == 1).sum() == 25
+        assert (crop.labels == VOID).sum() == 64 - 25
 
     def test_one_pixel(self):
         sample = tagged(np.ones((1, 1), np.int32))
@@ -243,6 +251,9 @@ class TestFlipAndRotation:
                 values = red[mask]
                 assert (values == values.median()).float().mean() > 0.7  # all but the rim
             assert (red[out.labels == 0] > 200).sum() == 0
+            black = out.image[2] == 0  # inside, blue is 255
+            assert (out.labels[black] == VOID).float().mean() > 0.9  # all but the rim
+            assert (out.image[2][out.labels == VOID] < 200).all()
 
     def test_turning_by_zero_changes_nothing(self):
         sample = LeavesDataset(1, size=32)[0]
@@ -254,12 +265,46 @@ class TestFlipAndRotation:
         labels = np.zeros((80, 120), np.int32)
         labels[30:50, 50:70] = 1
         for seed in range(10):
-            area = int(RandomRotation(180)(tagged(labels), generator(seed)).labels.count_nonzero())
+            area = int((RandomRotation(180)(tagged(labels), generator(seed)).labels == 1).sum())
             assert abs(area - 400) < 20
 
     def test_degrees_out_of_range(self):
         with pytest.raises(InputError, match="degrees"):
             RandomRotation(200)
+
+
+class TestVoid:
+    """Void pixels, blue 0 in the images here, move with the image and are no instance."""
+
+    def sample(self, side: int = 40) -> Sample:
+        labels = np.kron(np.arange(1, 17).reshape(4, 4), np.ones((side // 4, side // 4), np.int32))
+        labels[labels == 6] = VOID
+        labels[labels == 16] = 6
+        sample = tagged(labels)
+        sample.image[2][sample.labels == VOID] = 0
+        return sample
+
+    @pytest.mark.parametrize("transform", [RandomFlip(), RandomRotation(), RandomCrop(24), RandomCrop(50, 16)])
+    def test_moves_with_the_image(self, transform):
+        for seed in range(10):
+            out = transform(self.sample(), generator(seed))
+            assert_valid(out)
+            assert torch.equal(out.labels == VOID, out.image[2] == 0)
+
+    def test_is_not_counted(self):
+        assert Sample(torch.zeros(3, 2, 2, dtype=torch.uint8), torch.full((2, 2), VOID), "void").count == 0
+        assert limit_instances(self.sample(), 15, generator()).count == 15
+
+    def test_survives_a_narrowed_view(self):
+        seen = 0
+        for seed in range(20):
+            out = RandomCrop(40, max_instances=4)(self.sample(), generator(seed))
+            assert_valid(out, least=8)
+            assert out.count <= 4
+            blue = out.image[2]
+            assert (blue[out.labels == VOID] < 255).all() and (blue[out.labels > 0] > 0).all()
+            seen += int((out.labels == VOID).any())
+        assert seen
 
 
 class TestIntensityJitter:

@@ -149,6 +149,59 @@ def test_place_mass_counts_every_cell_that_an_instance_touches():
     )
 
 
+def with_void(labels):
+    """The last two columns and all of the last image void, over instances and background alike."""
+    labels = labels.clone()
+    labels[:, :, 4:] = labels[-1] = -1
+    return labels, torch.stack([torch.tensor(len(one[one > 0].unique())) for one in labels])
+
+
+@pytest.mark.parametrize("variant", ["all", "first_n"])
+def test_void_pixels_neither_reward_nor_punish(variant):
+    """The loss is that of the image without them, whatever is predicted there, and its gradient there is 0."""
+    output, (labels, counts) = make_output(4, 3), with_void(labels_of(4)[0])
+    criterion = RISLoss(variant, place_weight=0.5)
+    loss = criterion(output, labels, counts)
+    gradients = torch.autograd.grad(loss.total, (output.mask_logits, output.log_place))
+    for gradient in gradients:
+        assert (gradient[:, :, :, 4:] == 0).all() and (gradient[-1] == 0).all()
+        assert gradient[1:-1, :, :, :4].abs().sum() > 0
+    narrow = output._replace(
+        mask_logits=output.mask_logits[..., :4],
+        log_place=output.log_place[..., :4].flatten(2).log_softmax(2).view(4, 3, 6, 4),
+    )
+    torch.testing.assert_close(criterion(narrow, labels[:, :, :4], counts), loss)
+
+
+def test_void_in_the_choice_of_a_place_has_no_gradient_through_the_softmax_either():
+    logits = torch.randn(1, 1, 6, 6, dtype=torch.float64, requires_grad=True)
+    labels, _ = with_void(labels_of(3)[0])
+    log_place = logits.flatten(2).log_softmax(2).view_as(logits)
+    place_on_target(log_place, labels[1:2], 1).log().sum().backward()
+    assert logits.grad[..., :4].abs().min() > 1e-4 and logits.grad[..., 4:].abs().max() < 1e-15
+
+
+def test_a_place_far_out_in_void_has_a_finite_loss():
+    logits = torch.zeros(1, 1, 6, 6)
+    logits[..., 5] = 300.0
+    logits.requires_grad_()
+    labels, counts = with_void(labels_of(3)[0])
+    place = logits.flatten(2).log_softmax(2).view_as(logits)
+    output = RISOutput(logits, logits[:, :, 0, 0], place, stride=1, place_stride=1)
+    loss = RISLoss(place_weight=1.0)(output, labels[1:2], counts[1:2])
+    loss.total.backward()
+    assert loss.place.item() == pytest.approx(math.log(24 / 3), rel=1e-5)  # 3 of 24 cells, all alike
+    assert logits.grad.isfinite().all()
+
+
+def test_match_leaves_void_out_of_the_overlap():
+    pred = torch.tensor([[[[1.0, 1.0, 1.0, 0.0]]]], requires_grad=True)
+    matches = match(pred, torch.tensor([[[1, 0, -1, -1]]]), num_labels=1)
+    assert matches.iou.item() == 0.5
+    matches.iou.sum().backward()
+    assert pred.grad[0, 0, 0].tolist() == [0.5, -0.25, 0, 0]
+
+
 @pytest.mark.parametrize("shape", [(2, 6, 6), (2, 0, 6, 6)], ids=["labels", "masks"])
 def test_no_instance_in_the_whole_batch(shape):
     output = make_output(2, 2)
