@@ -151,6 +151,6 @@ def require_pycocotools() -> Any:
         from pycocotools import mask
     except ImportError:
         raise InputError(
-            "COCO output needs pycocotools, which is not installed: pip install 'fastris[coco]' or pycocotools"
+            "COCO masks need pycocotools, which is not installed: pip install 'fastris[coco]' or pycocotools"
         ) from None
     return mask

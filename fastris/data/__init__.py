@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from fastris.data.cityscapes import CityscapesDataset
+from fastris.data.coco import CocoDataset
 from fastris.data.collate import Batch, collate
+from fastris.data.cvppp import CvpppDataset
 from fastris.data.dataset import InstanceDataset
 from fastris.data.folder import FolderDataset
 from fastris.data.leaves import LeavesDataset
@@ -19,11 +22,15 @@ from fastris.data.transforms import (
     Transform,
     limit_instances,
 )
+from fastris.data.voc import VocDataset
 
 __all__ = [
     "VOID",
     "Batch",
+    "CityscapesDataset",
+    "CocoDataset",
     "Compose",
+    "CvpppDataset",
     "Fit",
     "FolderDataset",
     "InstanceDataset",
@@ -35,6 +42,7 @@ __all__ = [
     "RandomRotation",
     "Sample",
     "Transform",
+    "VocDataset",
     "collate",
     "in_validation",
     "limit_instances",

@@ -12,6 +12,7 @@ from fastris.data.sample import VOID, Sample, in_validation
 from fastris.errors import InputError
 
 SPLITS = ("train", "validation", "all")
+CACHE_BYTES = 2 << 30
 
 
 def check_split(split: str) -> None:
@@ -45,19 +46,25 @@ def select_split(names: list[str], split: str, fraction: float = 0.1) -> list[st
 
 
 class InstanceDataset(Dataset[Sample]):
-    """A data set of :class:`Sample`, decoded on first use and then kept in memory.
+    """A data set of :class:`Sample`, decoded on first use and then kept in memory as far as there is room.
 
     The cache holds grey images with one channel and labels in the smallest integer that fits: about 0.25 GB
-    for DSB2018. Errors in one file are raised when that file is asked for, so that the others can still be
-    used; :meth:`preload` asks for all of them.
+    for DSB2018. Nothing leaves it, as no sample is likelier to be asked for than another: what comes when it is full is
+    decoded each time. Errors in one file are raised when that file is asked for, so that the others can still be
+    used; :meth:`preload` asks for them ahead.
+
+    Args:
+        names: of the samples.
+        cache: the most bytes to keep; True for :data:`CACHE_BYTES`, 2 GiB, and False for none.
     """
 
-    def __init__(self, names: list[str], cache: bool = True) -> None:
+    def __init__(self, names: list[str], cache: bool | int = True) -> None:
         self.names = names
-        self._cache: dict[int, tuple[np.ndarray, np.ndarray]] | None = {} if cache else None
+        self._cache: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+        self._room = CACHE_BYTES if cache is True else int(cache)
 
     def _read(self, index: int) -> Sample:
-        """Decode sample `index`; called once an index where the cache is on."""
+        """Decode sample `index`."""
         raise NotImplementedError
 
     def __len__(self) -> int:
@@ -65,27 +72,33 @@ class InstanceDataset(Dataset[Sample]):
 
     def __getitem__(self, index: int) -> Sample:
         index = range(len(self.names))[index]  # negative indices, and IndexError past the end
-        if self._cache is None:
-            return self._read(index)
-        if index not in self._cache:
-            sample = self._read(index)
-            self._cache[index] = _pack(sample)
-            return sample
-        return _unpack(*self._cache[index], self.names[index])
+        if index in self._cache:
+            return _unpack(*self._cache[index], self.names[index])
+        sample = self._read(index)
+        if self._room:
+            packed = _pack(sample)
+            size = packed[0].nbytes + packed[1].nbytes
+            if size <= self._room:
+                self._cache[index] = packed
+                self._room -= size
+            else:
+                self._room = 0
+        return sample
 
     def __iter__(self) -> Iterator[Sample]:
         return (self[index] for index in range(len(self)))
 
     def preload(self) -> None:
-        """Decode everything now, say before worker processes are forked; does nothing without a cache.
+        """Decode ahead until the cache is full, say before worker processes are forked; nothing without a cache.
 
         Raises:
             InputError: the first file that cannot be used.
         """
-        if self._cache is not None:
-            for index in range(len(self)):
-                if index not in self._cache:
-                    self._cache[index] = _pack(self._read(index))
+        for index in range(len(self)):
+            if not self._room:
+                return
+            if index not in self._cache:
+                self[index]
 
 
 def _pack(sample: Sample) -> tuple[np.ndarray, np.ndarray]:

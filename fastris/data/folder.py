@@ -5,20 +5,22 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from fastris.data.dataset import InstanceDataset, check_split, select_split
-from fastris.data.sample import Sample, sample_from_arrays
+import numpy as np
+
+from fastris.data.dataset import check_split, select_split
+from fastris.data.label_map import LabelMapDataset
 from fastris.errors import InputError
 
 SUFFIXES = (".png", ".tif", ".tiff", ".bmp", ".jpg", ".jpeg")
 _LAYOUT = "<name>_rgb.png with <name>_label.png, or images/<name>.png with labels/<name>.png"
 
 
-class FolderDataset(InstanceDataset):
+class FolderDataset(LabelMapDataset):
     """Images and label maps side by side in one folder.
 
     Two layouts: ``<name>_rgb.png`` with ``<name>_label.png``, as CVPPP names them, or ``images/<name>.png``
     with ``labels/<name>.png``. PNG, TIFF, BMP and JPEG are read (labels from a lossless one); a label map
-    holds ids as grey values, palette indices or colours, 0 or black for background.
+    holds ids as grey values, palette indices (255 being void) or colours, 0 or black for background.
 
     Args:
         root: the folder.
@@ -26,7 +28,7 @@ class FolderDataset(InstanceDataset):
             "all". From a folder of few images, at least one is in each split.
         max_instances: keep only images with at most this many instances.
         size: keep only images of this (H, W) in pixels.
-        cache: keep decoded images in memory.
+        cache: see :class:`InstanceDataset`.
 
     Raises:
         InputError: no such folder, no images in it; and on access, an image without a label map, a label map
@@ -39,45 +41,35 @@ class FolderDataset(InstanceDataset):
         split: str = "all",
         max_instances: int | None = None,
         size: tuple[int, int] | None = None,
-        cache: bool = True,
+        cache: bool | int = True,
     ) -> None:
         check_split(split)
         self.root = Path(root)
-        self._pairs = _find_pairs(self.root)
+        self._pairs = self._find_pairs()
         if not self._pairs:
             raise InputError(f"{self.root}: no images found; expected {_LAYOUT}")
-        super().__init__(select_split(sorted(self._pairs), split), cache)
-        if max_instances is not None or size is not None:
-            kept = [i for i in range(len(self)) if self._fits(i, max_instances, size)]
-            if self._cache:
-                self._cache = {new: self._cache[old] for new, old in enumerate(kept) if old in self._cache}
-            self.names = [self.names[i] for i in kept]
+        super().__init__(select_split(sorted(self._pairs), split), cache, max_instances, size)
 
-    def _fits(self, index: int, max_instances: int | None, size: tuple[int, int] | None) -> bool:
-        try:
-            sample = self[index]
-        except InputError:
-            return True  # asking for this sample will say what is wrong with it
-        few = max_instances is None or sample.count <= max_instances
-        return few and (size is None or sample.size == tuple(size))
+    def _find_pairs(self) -> dict[str, tuple[Path, Path | None]]:
+        """Image and label map by name."""
+        return find_pairs(self.root)
 
-    def _read(self, index: int) -> Sample:
-        from fastris.imageio import read_image, read_label_map
+    def _image_path(self, name: str) -> Path:
+        return self._pairs[name][0]
 
-        name = self.names[index]
+    def _label_path(self, name: str) -> Path:
         image_path, label_path = self._pairs[name]
         if label_path is None:
             raise InputError(f"{image_path}: image without masks; expected {_LAYOUT}")
-        image, labels = read_image(image_path), read_label_map(label_path)
-        if labels.shape != image.shape[:2]:
-            raise InputError(
-                f"{label_path}: label map is {labels.shape[1]}x{labels.shape[0]} pixels, "
-                f"its image {image.shape[1]}x{image.shape[0]}"
-            )
-        return sample_from_arrays(image, labels, name)
+        return label_path
+
+    def _labels(self, name: str) -> np.ndarray:
+        from fastris.imageio import read_label_map
+
+        return read_label_map(self._label_path(name))
 
 
-def _find_pairs(root: Path) -> dict[str, tuple[Path, Path | None]]:
+def find_pairs(root: Path) -> dict[str, tuple[Path, Path | None]]:
     """Image and label map by name; None where an image has no label map."""
     if not root.exists():
         raise InputError(f"{root}: no such folder; expected {_LAYOUT}")

@@ -26,7 +26,7 @@ class LeavesDataset(InstanceDataset):
         seed: another seed, other plants.
         split: "train", or "validation" for plants that no other split has; "all" is "train".
         max_instances: lowers the most leaves in an image.
-        cache: keep generated images in memory.
+        cache: see :class:`InstanceDataset`.
 
     Raises:
         InputError: a length below 1, a size below 16, or a range of leaves that is empty or starts below 1.
@@ -42,7 +42,7 @@ class LeavesDataset(InstanceDataset):
         seed: int = 0,
         split: str = "train",
         max_instances: int | None = None,
-        cache: bool = True,
+        cache: bool | int = True,
     ) -> None:
         check_split(split)
         if not isinstance(size, int):

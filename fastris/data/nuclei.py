@@ -29,7 +29,7 @@ class NucleiDataset(InstanceDataset):
             at least one of a handful) or "all".
         max_instances: keep only images with at most this many mask files.
         size: keep only images of this (H, W) in pixels.
-        cache: keep decoded images in memory.
+        cache: see :class:`InstanceDataset`.
 
     Where masks overlap, the first in order of file name keeps the pixel. Empty masks are dropped.
 
@@ -44,7 +44,7 @@ class NucleiDataset(InstanceDataset):
         split: str = "train",
         max_instances: int | None = None,
         size: tuple[int, int] | None = None,
-        cache: bool = True,
+        cache: bool | int = True,
     ) -> None:
         check_split(split)
         self.files = _open_files(Path(root))

@@ -149,6 +149,26 @@ class TestNuclei:
         dataset[0].image.zero_()  # a caller's change stays the caller's
         assert np.array_equal(dataset[0].image.numpy().transpose(1, 2, 0), grey)
 
+    def test_the_cache_has_a_limit(self, pairs, monkeypatch):
+        decoded = []
+        read = FolderDataset._read
+        monkeypatch.setattr(FolderDataset, "_read", lambda self, index: decoded.append(index) or read(self, index))
+        of_one = 16 * 20 * 4  # bytes: three colours and a label
+        for cache, kept in ((False, 0), (of_one - 1, 0), (of_one, 1), (5 * of_one + 3, 5), (True, 12)):
+            dataset = FolderDataset(pairs, cache=cache)
+            for _ in range(2):
+                assert [sample.count for sample in dataset] == list(range(12))
+            assert decoded == [*range(12), *range(kept, 12)]
+            decoded.clear()
+
+    def test_preload_stops_where_the_cache_is_full(self, pairs):
+        of_one = 16 * 20 * 4
+        (pairs / "plant004_rgb.png").write_bytes(b"x")
+        FolderDataset(pairs, cache=False).preload()
+        FolderDataset(pairs, cache=3 * of_one).preload()  # looks at the fourth, to see that it is too large
+        with pytest.raises(InputError, match="plant004_rgb"):
+            FolderDataset(pairs, cache=4 * of_one).preload()
+
     def test_void_comes_back_from_the_cache(self, tmp_path):
         labels = np.tile(np.arange(256, dtype=np.uint8), (2, 1))  # 254 instances, background and void
         image = Image.fromarray(labels, "P")
@@ -404,6 +424,11 @@ class TestOpen:
         assert len(open_dataset("leaves")) == 100
         assert len(open_dataset("leaves:7", split="validation", max_instances=3, size=None)) == 7
         assert open_dataset("leaves:2", size=32, seed=4)[0].size == (32, 32)
+
+    def test_a_class_of_data_without_classes(self, nuclei, pairs):
+        for path in (nuclei, pairs, "leaves"):
+            with pytest.raises(InputError, match="data_class: .* has no classes to choose 'person' from"):
+                open_dataset(path, data_class="person")
 
     @pytest.mark.parametrize("name", ["leaves:x", "leaves:0", "leaves:-1", "trees", "no/such.zip"])
     def test_unknown_names_say_what_is_expected(self, name):
