@@ -37,8 +37,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--data",
         required=True,
         metavar="PATH",
-        help="DSB2018 zip or folder, folder of *_rgb.png and *_label.png, or 'leaves' (generated)",
+        help="DSB2018 zip or folder, folder of *_rgb.png and *_label.png, folder of CVPPP, Pascal VOC, Cityscapes or "
+        "COCO, COCO JSON file, or 'leaves' (generated)",
     )
+    parser.add_argument("--data-class", metavar="NAME", help="only objects of this class, such as person (all)")
     parser.add_argument(
         "--split", choices=("train", "validation", "all"), default="validation", help="which images (validation)"
     )
@@ -70,7 +72,7 @@ def run(args: argparse.Namespace) -> int:
     if args.coco:
         require_pycocotools()
     out = make_output_directory(args.out)
-    options: dict[str, Any] = {"max_instances": args.max_instances, "size": args.size}
+    options: dict[str, Any] = {key: getattr(args, key) for key in ("data_class", "max_instances", "size")}
     if args.seed is not None:
         if Path(args.data).exists() or args.data.partition(":")[0] != "leaves":
             raise InputError(f"--seed: only generated data ('leaves') has a seed, not {args.data}")
@@ -98,7 +100,7 @@ def run(args: argparse.Namespace) -> int:
 
     settings = {
         key: getattr(args, key)
-        for key in ("data", "split", "max_instances", "size", "seed", "weights", "threshold", "max_steps")
+        for key in ("data", "data_class", "split", "max_instances", "size", "seed", "weights", "threshold", "max_steps")
     }
     means = metrics.compute()
     tables = [("model", METRICS, means), ("AP^r", REGION, means)]

@@ -14,7 +14,7 @@ from fastris.nn.config import ModelConfig
 from fastris.training.checkpoints import list_checkpoints, read_state
 from fastris.training.config import PRESETS, TrainConfig, departures, read_config
 
-_RESUME_MAY_CHANGE = {"data", "max_steps"}
+_RESUME_MAY_CHANGE = ("data", "max_steps", "workers")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -100,11 +100,11 @@ def settings(args: argparse.Namespace) -> TrainConfig:
         state = read_state(written[-1])
         before = TrainConfig.from_dict(state.get("config", {}))
         config = before.updated(PRESETS[args.preset]).updated(file).updated(options)
-        for name in sorted({setting.name for setting in fields(TrainConfig)} - _RESUME_MAY_CHANGE):
+        for name in sorted({setting.name for setting in fields(TrainConfig)}.difference(_RESUME_MAY_CHANGE)):
             if getattr(config, name) != getattr(before, name):
                 raise InputError(
                     f"--resume: {name} of this run is {getattr(before, name)}, not {getattr(config, name)}; "
-                    "only data and max_steps can change"
+                    f"only {', '.join(_RESUME_MAY_CHANGE)} can change"
                 )
         return config
     return TrainConfig().updated(PRESETS[args.preset]).updated(file).updated(options)

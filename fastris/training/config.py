@@ -17,7 +17,11 @@ class TrainConfig:
     """The settings of a run. Tuples have one entry for each stage of the curriculum.
 
     Attributes:
-        data: a DSB2018 zip or folder, a folder of images and label maps, or "leaves" (generated).
+        data: a DSB2018 zip or folder, a folder of images and label maps, a folder of CVPPP, Pascal VOC, Cityscapes or
+            COCO, a COCO JSON file, or "leaves" (generated); see docs/data.md.
+        data_class: the class whose objects count, of data with classes, such as "person": images without one are left
+            out, and the other objects are background. Empty for the objects of all classes, and all images.
+        workers: processes that make batches ahead; 0 for none. The batches are the same whatever their number.
         seed: of the initial weights, the order of images and their transforms.
         max_steps: optimiser steps in all.
         instances: the most instances in a training crop; 0 in the last stage for all. Crowded crops are narrowed until
@@ -54,6 +58,8 @@ class TrainConfig:
     """
 
     data: str = "leaves"
+    data_class: str = ""
+    workers: int = 0
     seed: int = 0
     max_steps: int = 4000
     instances: tuple[int, ...] = (2, 20)
@@ -102,7 +108,7 @@ class TrainConfig:
             if getattr(self, name) <= 0:
                 raise InputError(f"{name}: expected a positive number, got {getattr(self, name)}")
         for name in (
-            *("seed", "growth", "plateau", "extra_steps", "warmup", "gradient_norm", "rotation", "jitter"),
+            *("seed", "workers", "growth", "plateau", "extra_steps", "warmup", "gradient_norm", "rotation", "jitter"),
             *("confidence_weight", "place_weight"),
         ):
             if getattr(self, name) < 0:

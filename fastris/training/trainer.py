@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 import sys
 import time
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -35,6 +37,7 @@ from fastris.nn.fcn8s import FCN8s
 from fastris.nn.loss import LossTerms, RISLoss
 from fastris.nn.model import RecurrentInstanceSegmenter
 from fastris.nn.pretrained import load_pretrained
+from fastris.training.ahead import batches_ahead
 from fastris.training.checkpoints import list_checkpoints, load_checkpoint, read_state, save_checkpoint
 from fastris.training.config import TrainConfig
 from fastris.training.curriculum import Curriculum, Stage
@@ -77,8 +80,9 @@ class Trainer:
             raise InputError(f"{self.checkpoints}: no checkpoint to resume from")
         if written and not resume:
             raise InputError(f"{out}: holds a run already; continue it with --resume, or choose another --out")
-        self.train_data = open_dataset(config.data, "train")
-        self.validation_data = open_dataset(config.data, "validation")
+        chosen: dict[str, Any] = {"data_class": config.data_class, "min_instances": 1} if config.data_class else {}
+        self.train_data = open_dataset(config.data, "train", **chosen)
+        self.validation_data = open_dataset(config.data, "validation", **chosen)
         for split, data in (("train", self.train_data), ("validation", self.validation_data)):
             if not len(data):
                 raise InputError(f"{config.data}: no images in split '{split}'")
@@ -100,6 +104,7 @@ class Trainer:
         if written:
             self._restore(written[-1])
         self._validation_batches: tuple[Stage, list[Batch]] | None = None
+        self._ahead: tuple[Stage, Iterator[Batch]] | None = None
 
     def run(self) -> Path:
         """Train to the last step; returns the path of the model.
@@ -127,6 +132,7 @@ class Trainer:
                     )
                     self._keep(row)
         finally:
+            self._ahead = None  # ends the workers
             bar.close()
             log.close()
         return self.out / "model.safetensors"
@@ -183,13 +189,23 @@ class Trainer:
     def _collate(self, samples: list[Sample]) -> Batch:
         return collate(samples, multiple=1 if self.config.image_size else 8)
 
+    def _next_batch(self, stage: Stage) -> Batch:
+        """The batch of this step, from the workers where there are any."""
+        config = self.config
+        if not config.workers:
+            return self.batch(self.step, stage)
+        if self._ahead is None or self._ahead[0] != stage:
+            steps = range(self.step, config.max_steps)
+            self._ahead = stage, batches_ahead(partial(self.batch, stage=stage), steps, config.workers)
+        return next(self._ahead[1])
+
     def _train_step(self) -> dict[str, Any]:
         start = time.perf_counter()
         stage = self.curriculum.stage
         rate = self.learning_rate(self.step)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        batch = self.batch(self.step, stage).to(self.device)
+        batch = self._next_batch(stage).to(self.device)
         self.model.train()
         self.optimizer.zero_grad(set_to_none=True)
         terms = self._loss(self.model, batch)

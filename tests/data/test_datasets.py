@@ -167,7 +167,7 @@ class TestNuclei:
         FolderDataset(pairs, cache=False).preload()
         FolderDataset(pairs, cache=3 * of_one).preload()  # looks at the fourth, to see that it is too large
         with pytest.raises(InputError, match="plant004_rgb"):
-            FolderDataset(pairs, cache=4 * of_one).preload()
+            FolderDataset(pairs, cache=4 * of_one + 1).preload()
 
     def test_void_comes_back_from_the_cache(self, tmp_path):
         labels = np.tile(np.arange(256, dtype=np.uint8), (2, 1))  # 254 instances, background and void
