@@ -563,6 +563,25 @@ def test_evaluate_names_the_bad_pair_and_measures_the_others(
     assert (report["metrics"]["images"], report["failed"], report["metrics"]["sbd"]) == (2, 1, 1.0)
 
 
+@pytest.mark.usefixtures("finder")
+@pytest.mark.parametrize(("data_class", "count"), [(None, 3), ("person", 2), ("bus", 0)])
+def test_evaluate_counts_one_class(tmp_path: Path, weights: str, data_class: str | None, count: int) -> None:
+    """On Cityscapes with two persons and a car in its one image of val."""
+    name = "aachen_000000_000000"
+    picture(tmp_path / f"leftImg8bit/val/aachen/{name}_leftImg8bit.png")
+    ids = np.full((32, 40), 7, np.uint16)
+    ids[:4, :4], ids[8:12, :4], ids[16:20, :4] = 24000, 24001, 26000
+    folder = tmp_path / "gtFine/val/aachen"
+    folder.mkdir(parents=True)
+    Image.fromarray(ids).save(folder / f"{name}_gtFine_instanceIds.png")
+    out = tmp_path / "out"
+    chosen = ["--data-class", data_class] if data_class else []
+    assert main(["evaluate", "--data", str(tmp_path), *chosen, "--weights", weights, "--out", str(out)]) == 0
+    report = json.loads((out / "evaluate.json").read_text())
+    assert report["images"][0]["target_count"] == count
+    assert report["settings"]["data_class"] == data_class
+
+
 def test_evaluate_without_data_names_what_was_given(
     tmp_path: Path, weights: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
