@@ -103,10 +103,9 @@ class InstanceDataset(Dataset[Sample]):
 
 def _pack(sample: Sample) -> tuple[np.ndarray, np.ndarray]:
     image = sample.image.numpy()
-    if (image[0] == image[1]).all() and (image[0] == image[2]).all():
-        image = image[:1].copy()
+    grey = (image[0] == image[1]).all() and (image[0] == image[2]).all()
     shifted = sample.labels.numpy() - VOID  # from 0, so that void fits an unsigned integer
-    return image, shifted.astype(np.min_scalar_type(sample.count - VOID))
+    return image[: 1 if grey else 3].copy(), shifted.astype(np.min_scalar_type(sample.count - VOID))
 
 
 def _unpack(image: np.ndarray, labels: np.ndarray, name: str) -> Sample:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastris.data import VOID, CocoDataset, open_dataset
@@ -148,6 +148,7 @@ def test_what_predict_writes_can_be_read(tmp_path, save_image):
     assert open_dataset(tmp_path / "coco.json", "all")[0].labels.tolist() == (masks[0] + 2 * masks[1]).tolist()
 
 
+@settings(deadline=None)
 @given(st.integers(1, 9), st.integers(1, 9), st.data())
 def test_run_lengths_are_what_pycocotools_encodes(height, width, data):
     bits = data.draw(st.lists(st.booleans(), min_size=height * width, max_size=height * width))

@@ -149,6 +149,15 @@ class TestNuclei:
         dataset[0].image.zero_()  # a caller's change stays the caller's
         assert np.array_equal(dataset[0].image.numpy().transpose(1, 2, 0), grey)
 
+    def test_a_callers_change_stays_the_callers(self, nuclei):
+        dataset = NucleiDataset(nuclei, "all")
+        for _ in range(3):  # decoded, then from the cache
+            sample = dataset[0]
+            assert np.array_equal(sample.image.numpy().transpose(1, 2, 0), noise(seed=1)[..., :3])
+            assert sample.count == 2
+            sample.image.zero_()
+            sample.labels.zero_()
+
     def test_the_cache_has_a_limit(self, pairs, monkeypatch):
         decoded = []
         read = FolderDataset._read
