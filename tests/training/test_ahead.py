@@ -105,13 +105,15 @@ def test_the_command_line(write_settings, tmp_path, capsys):
 
 
 def test_of_a_class_only_the_images_that_have_it(write_settings, tmp_path, capsys):
-    """Cityscapes with persons in one training image of two, one held-out image of two."""
-    for split in ("train", "val"):
+    """Cityscapes with a person in one image of two; to train on, beside a group of persons, which is void."""
+    for split, right in (("train", 24), ("val", 7)):
         for city, value in (("aachen", 24000), ("bochum", 26000)):
             name = f"{city}_000000_000000"
             image = tmp_path / f"leftImg8bit/{split}/{city}/{name}_leftImg8bit.png"
             ids = tmp_path / f"gtFine/{split}/{city}/{name}_gtFine_instanceIds.png"
-            for path, pixels in ((image, np.zeros((32, 32, 3), np.uint8)), (ids, np.full((32, 32), value, np.uint16))):
+            values = np.full((32, 32), value, np.uint16)
+            values[:, 20:] = right
+            for path, pixels in ((image, np.zeros((32, 32, 3), np.uint8)), (ids, values)):
                 path.parent.mkdir(parents=True)
                 Image.fromarray(pixels).save(path)
     base = ["train", "--config", str(write_settings(data=str(tmp_path)))]
