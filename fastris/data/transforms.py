@@ -166,7 +166,7 @@ def _resize(sample: Sample, size: tuple[int, int]) -> Sample:
 
 
 class Fit:
-    """The whole image scaled so that it just fits into a size, with zeros right of it and below.
+    """The whole image scaled so that it just fits into a size, with void right of it and below.
 
     Args:
         size: pixels, (height, width).

@@ -10,11 +10,10 @@ import numpy as np
 from torch import Tensor
 
 from fastris.errors import InputError
+from fastris.imageio import VOID
 from fastris.instances import Instances
 
 LabelMap: TypeAlias = "np.ndarray | Tensor"
-
-VOID = -1  # the id of pixels that count for nothing
 
 
 @dataclass(frozen=True)

@@ -251,8 +251,8 @@ are Romera-Paredes & Torr, ECCV 2016, ``released-*`` the values of the code that
 where those are others. Neither gives numbers for the growing and the plateaus of the curriculum: those are ours."""
 
 _UNSTATED = {
-    *("data", "seed", "max_steps", "crop", "growth", "patience", "plateau", "validate_every", "validation_crops"),
-    *("initial", "backbone_weights", "model.max_steps", "model.max_side"),
+    *("data", "data_class", "workers", "seed", "max_steps", "crop", "growth", "patience", "plateau", "validate_every"),
+    *("validation_crops", "initial", "backbone_weights", "model.max_steps", "model.max_side"),
 }  # what the paper says nothing of
 
 

@@ -192,14 +192,14 @@ class TestFit:
     @pytest.mark.parametrize(
         ("size", "shown"), [((40, 30), (40, 20)), ((10, 30), (10, 5)), ((20, 100), (20, 10)), ((20, 10), (20, 10))]
     )
-    def test_the_whole_image_just_fits_and_the_rest_is_black(self, size, shown):
+    def test_the_whole_image_just_fits_and_the_rest_is_black_and_void(self, size, shown):
         sample = tagged(np.ones((20, 10), np.int32))
         out = Fit(size)(sample, generator())
         assert out.size == size and out.count == 1
         rows, columns = shown
         assert (out.labels[:rows, :columns] == 1).all() and (out.image[2, :rows, :columns] == 255).all()
         assert not out.image[:, rows:].any() and not out.image[:, :, columns:].any()
-        assert (out.labels[rows:] <= 0).all() and (out.labels[:, columns:] <= 0).all()
+        assert (out.labels[rows:] == VOID).all() and (out.labels[:, columns:] == VOID).all()
 
     def test_all_instances_are_kept_but_those_too_small_to_see(self):
         enlarged = Fit((40, 40))(checkerboard(4, 4), generator())

@@ -47,6 +47,7 @@ def test_what_departs_from_the_paper_is_listed():
 
     assert of("paper-plants") == ("paper-plants", []) and of("paper-person") == ("paper-person", [])
     assert of("paper-plants", seed=3, data="leaves:9", max_steps=7, crop=(9, 9, 9))[1] == []  # it says nothing of these
+    assert of("paper-plants", data_class="person", workers=2)[1] == []
     assert of("paper-plants", batch_size=(4, 4, 4))[1] == [("batch_size", (4, 4, 4), (1, 1, 1))]
     released = [("extra_steps", 1, 2), ("loss_variant", "first_n", "all"), ("model.mask_threshold", 0.9, 0.5)]
     assert of("released-plants") == (
