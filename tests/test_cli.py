@@ -566,11 +566,11 @@ def test_evaluate_names_the_bad_pair_and_measures_the_others(
 @pytest.mark.usefixtures("finder")
 @pytest.mark.parametrize(("data_class", "count"), [(None, 3), ("person", 2), ("bus", 0)])
 def test_evaluate_counts_one_class(tmp_path: Path, weights: str, data_class: str | None, count: int) -> None:
-    """On Cityscapes with two persons and a car in its one image of val."""
+    """On Cityscapes with two persons, a car and a group of persons, which is void, in its one image of val."""
     name = "aachen_000000_000000"
     picture(tmp_path / f"leftImg8bit/val/aachen/{name}_leftImg8bit.png")
     ids = np.full((32, 40), 7, np.uint16)
-    ids[:4, :4], ids[8:12, :4], ids[16:20, :4] = 24000, 24001, 26000
+    ids[:4, :4], ids[8:12, :4], ids[16:20, :4], ids[24:] = 24000, 24001, 26000, 24
     folder = tmp_path / "gtFine/val/aachen"
     folder.mkdir(parents=True)
     Image.fromarray(ids).save(folder / f"{name}_gtFine_instanceIds.png")

@@ -156,11 +156,12 @@ def with_void(labels):
     return labels, torch.stack([torch.tensor(len(one[one > 0].unique())) for one in labels])
 
 
+@pytest.mark.parametrize("resolution", ["image", "map"])
 @pytest.mark.parametrize("variant", ["all", "first_n"])
-def test_void_pixels_neither_reward_nor_punish(variant):
+def test_void_pixels_neither_reward_nor_punish(variant, resolution):
     """The loss is that of the image without them, whatever is predicted there, and its gradient there is 0."""
     output, (labels, counts) = make_output(4, 3), with_void(labels_of(4)[0])
-    criterion = RISLoss(variant, place_weight=0.5)
+    criterion = RISLoss(variant, place_weight=0.5, resolution=resolution)
     loss = criterion(output, labels, counts)
     gradients = torch.autograd.grad(loss.total, (output.mask_logits, output.log_place))
     for gradient in gradients:
