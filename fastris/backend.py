@@ -18,6 +18,7 @@ NATIVE_OPERATORS: dict[str, frozenset[str]] = {
     "lstm_gates": frozenset({"cpu", "cuda"}),
     "convlstm": frozenset({"cpu", "cuda"}),
     "conv2d_same": frozenset({"cpu"}),
+    "permutohedral": frozenset({"cpu"}),
     "soft_iou": frozenset({"cpu", "cuda"}),
 }
 """Every operator, with the device types that there is a native kernel for when all is built and installed."""

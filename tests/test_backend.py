@@ -85,7 +85,14 @@ def test_without_the_extension_everything_still_works_and_says_why() -> None:
 
 def test_info_is_json_and_lists_every_operator() -> None:
     facts = json.loads(json.dumps(info()))
-    assert set(facts["operators"]) == {"assignment", "conv2d_same", "convlstm", "lstm_gates", "soft_iou"}
+    assert set(facts["operators"]) == {
+        "assignment",
+        "conv2d_same",
+        "convlstm",
+        "lstm_gates",
+        "permutohedral",
+        "soft_iou",
+    }
     for devices in facts["operators"].values():
         for state in devices.values():
             assert state["backend"] == "native" or (state["reason"] and state["remedy"])

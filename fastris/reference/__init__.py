@@ -2,7 +2,19 @@
 
 from fastris.reference.assignment import assignment
 from fastris.reference.convlstm import conv2d_same, convlstm
+from fastris.reference.dense_crf import dense_crf
 from fastris.reference.lstm_gates import lstm_gates
+from fastris.reference.permutohedral import gaussian_sum, permutohedral_filter, permutohedral_lattice
 from fastris.reference.soft_iou import soft_iou
 
-__all__ = ["assignment", "conv2d_same", "convlstm", "lstm_gates", "soft_iou"]
+__all__ = [
+    "assignment",
+    "conv2d_same",
+    "convlstm",
+    "dense_crf",
+    "gaussian_sum",
+    "lstm_gates",
+    "permutohedral_filter",
+    "permutohedral_lattice",
+    "soft_iou",
+]
