@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
-    """--weights --threshold --max-steps --device --backend."""
+    """--weights --threshold --max-steps --crf --device --backend."""
     parser.add_argument(
         "--weights", default="nuclei", metavar="NAME_OR_PATH", help="a shipped model or a .safetensors file (nuclei)"
     )
@@ -28,6 +28,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--max-steps", type=positive_integer, metavar="N", help="the most objects per image (the model's own limit)"
     )
+    parser.add_argument("--crf", action="store_true", help="refine the masks of an image together with a dense CRF")
     add_run_options(parser)
 
 
@@ -89,9 +90,12 @@ def load_model(args: argparse.Namespace) -> RecurrentInstanceSegmenter:
 
 def find_instances(model: RecurrentInstanceSegmenter, image: Any, name: str, args: argparse.Namespace) -> Instances:
     """The instances of one image; what the model warns about becomes a line on stderr that names the image."""
+    from fastris.crf import NUCLEI, DenseCRF
+
+    crf = DenseCRF(**NUCLEI) if args.crf else None
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        instances = model.predict(image, max_steps=args.max_steps, threshold=args.threshold)
+        instances = model.predict(image, max_steps=args.max_steps, threshold=args.threshold, crf=crf)
     assert not isinstance(instances, list)  # as one image went in
     for warning in caught:
         if issubclass(warning.category, UserWarning):

@@ -100,7 +100,18 @@ def run(args: argparse.Namespace) -> int:
 
     settings = {
         key: getattr(args, key)
-        for key in ("data", "data_class", "split", "max_instances", "size", "seed", "weights", "threshold", "max_steps")
+        for key in (
+            "data",
+            "data_class",
+            "split",
+            "max_instances",
+            "size",
+            "seed",
+            "weights",
+            "threshold",
+            "max_steps",
+            "crf",
+        )
     }
     means = metrics.compute()
     tables = [("model", METRICS, means), ("AP^r", REGION, means)]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -23,6 +23,9 @@ from fastris.nn.fcn8s import FCN8s
 from fastris.nn.heads import ConfidenceHead, DynamicMaskHead, SpatialInhibition
 from fastris.ops.conv2d_same import conv2d_same
 from fastris.ops.lstm_gates import lstm_gates
+
+if TYPE_CHECKING:
+    from fastris.crf import DenseCRF
 
 
 class RISOutput(NamedTuple):
@@ -248,6 +251,7 @@ class RecurrentInstanceSegmenter(nn.Module):
         threshold: float = 0.5,
         mask_threshold: float | None = None,
         min_area: int = 4,
+        crf: DenseCRF | None = None,
     ) -> Instances | list[Instances]:
         """Find the objects of one image or of several.
 
@@ -259,6 +263,8 @@ class RecurrentInstanceSegmenter(nn.Module):
             mask_threshold: a pixel belongs to the object where the mask is above this; the configuration's where not
                 given.
             min_area: an object of fewer pixels is dropped.
+            crf: refines all masks of an image together, after which no two overlap; an object that it leaves no pixel
+                is dropped.
 
         Returns:
             :class:`~fastris.Instances` in order of finding, or a list of them.
@@ -273,7 +279,10 @@ class RecurrentInstanceSegmenter(nn.Module):
         for pixels, name in zip(images, names, strict=True):
             height, width = pixels.shape[-2:]
             looked_at = self._fit(pixels.unsqueeze(0), name)
-            masks, scores = self._find(looked_at, limit, threshold, mask_threshold, (height, width))[0]
+            cut = mask_threshold if crf is None else None
+            masks, scores = self._find(looked_at, limit, threshold, cut, (height, width))[0]
+            if crf is not None:
+                masks, min_area = crf.refine(masks, pixels, mask_threshold), max(min_area, 1)
             keep = masks.flatten(1).sum(1) >= min_area
             results.append(Instances(masks[keep].numpy(), scores[keep].numpy(), (height, width), name))
         return results[0] if single else results
@@ -343,12 +352,12 @@ class RecurrentInstanceSegmenter(nn.Module):
         images: Tensor,
         limit: int,
         threshold: float,
-        mask_threshold: float,
+        mask_threshold: float | None,
         size: tuple[int, int] | None = None,
     ) -> list[tuple[Tensor, Tensor]]:
         """Per image, masks (N, H, W) bool and scores (N,); an image that has stopped costs nothing more.
 
-        ``size`` is the (H, W) of the masks, that of ``images`` where not given.
+        ``size`` is the (H, W) of the masks, that of ``images`` where not given; without a threshold masks are fp32 logits.
         """
         height, width = images.shape[-2:]
         size = size or (height, width)
@@ -377,20 +386,24 @@ class RecurrentInstanceSegmenter(nn.Module):
                     [(hidden[rows], cell[rows]) for hidden, cell in memory.states],
                     None if memory.found is None else memory.found[rows],
                 )
-        empty = (torch.zeros(0, *size, dtype=torch.bool), torch.zeros(0))
+        empty = (torch.zeros(0, *size, dtype=torch.float32 if mask_threshold is None else torch.bool), torch.zeros(0))
         return [
             (torch.stack([mask for mask, _ in one]), torch.stack([score for _, score in one])) if one else empty
             for one in found
         ]
 
     def _masks(
-        self, logits: Tensor, looked_at: tuple[int, int], size: tuple[int, int], mask_threshold: float
+        self, logits: Tensor, looked_at: tuple[int, int], size: tuple[int, int], mask_threshold: float | None
     ) -> Tensor:
-        """Logits (N, h', w') that cover a padded image of ``looked_at`` (H, W) as bool masks (N, *size) on the CPU."""
+        """Logits (N, h', w') that cover a padded image of ``looked_at`` (H, W) as bool masks (N, *size) on the CPU.
+
+        Without a threshold they stay fp32 logits.
+        """
         logits = to_pixels(logits.float().unsqueeze(1), self.stride, self.backbone.offset, looked_at)
         if size != looked_at:
             logits = F.interpolate(logits, size=size, mode="bilinear")
-        return (logits.sigmoid() > mask_threshold).squeeze(1).cpu()
+        masks = logits if mask_threshold is None else logits.sigmoid() > mask_threshold
+        return masks.squeeze(1).cpu()
 
 
 def to_pixels(maps: Tensor, stride: int, offset: int, size: tuple[int, int]) -> Tensor:
