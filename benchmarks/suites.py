@@ -12,6 +12,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 import costs
+import dense_crf
 import peers
 import recurrent
 import ris_step
@@ -425,6 +426,36 @@ RIS_STEP = Suite(
     build=ris_step_case,
 )
 
+# Dense CRF
+
+SMALL_CRF = "40x4"
+"""The case in which every pair of pixels takes part."""
+
+
+def dense_crf_case(labels: Labels) -> Case:
+    unary, image = dense_crf.problem(*dimensions(labels["shape"]), labels["family"])
+    truth = dense_crf.truth_of(unary, image, labels["shape"] == SMALL_CRF)
+
+    def wrong(peer: Peer, answers: list[Any]) -> str:
+        return dense_crf.disagreement(peer, answers[0], truth)
+
+    return Case([(unary, image)], 1, wrong)
+
+
+DENSE_CRF = Suite(
+    name="dense_crf",
+    item="image",
+    base="fastris",
+    grid=[  # side x labels
+        {"shape": SMALL_CRF, "family": "photograph"},
+        *grid(shape=("500x10",), family=("photograph", "noise")),
+    ],
+    quick=lambda labels: labels["shape"] == SMALL_CRF,
+    peers=lambda labels: dense_crf.dense_crf_peers(labels["shape"] == SMALL_CRF),
+    build=dense_crf_case,
+)
+
 SUITES = {
-    suite.name: suite for suite in (ASSIGNMENT, SOFT_IOU, MATCHERS, OVERHEAD, SCALING, GATES, CELL, CONVLSTM, RIS_STEP)
+    suite.name: suite
+    for suite in (ASSIGNMENT, SOFT_IOU, MATCHERS, OVERHEAD, SCALING, GATES, CELL, CONVLSTM, RIS_STEP, DENSE_CRF)
 }
