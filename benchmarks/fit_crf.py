@@ -67,7 +67,7 @@ def examples_of(model: fastris.RecurrentInstanceSegmenter, data: str, max_instan
     for sample in open_dataset(data, "validation", max_instances=max_instances):
         with torch.inference_mode():
             pixels = sample.image.float().unsqueeze(0) / 255
-            mask_logits, _ = model._find(pixels, model.config.max_steps, 0.5, 0.5, soft=True)[0]
+            mask_logits, _ = model._find(pixels, model.config.max_steps, 0.5, None)[0]
         found.append(Example(sample.name, sample.image, sample.labels.numpy(), mask_logits))
     return found
 

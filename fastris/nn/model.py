@@ -357,7 +357,7 @@ class RecurrentInstanceSegmenter(nn.Module):
     ) -> list[tuple[Tensor, Tensor]]:
         """Per image, masks (N, H, W) bool and scores (N,); an image that has stopped costs nothing more.
 
-        ``size`` is the (H, W) of the masks, that of ``images`` where not given; without a threshold masks are fp32 logits.
+        ``size`` is the (H, W) of the masks, that of ``images`` where not given; without a threshold they are logits.
         """
         height, width = images.shape[-2:]
         size = size or (height, width)
