@@ -21,14 +21,15 @@ REACH = 6.0
 """Standard deviations after which a Gaussian over places ends; what is left out is below 2e-8 of its height."""
 
 NUCLEI: dict[str, Any] = {
-    "gaussian_sxy": 2.0,
-    "gaussian_compat": 2.0,
-    "bilateral_sxy": 8.0,
+    "gaussian_sxy": 3.0,
+    "gaussian_compat": 4.0,
+    "bilateral_sxy": 16.0,
     "bilateral_srgb": 13.0,
-    "bilateral_compat": 2.0,
+    "bilateral_compat": 16.0,
     "iterations": 5,
 }
-"""What ``--crf`` uses: fitted to the masks of the shipped nuclei model by benchmarks/fit_crf.py."""
+"""What ``--crf`` uses: fitted to the masks of the shipped nuclei model by benchmarks/fit_crf.py. docs/crf.md says what it
+gains and loses."""
 
 Kernel = Callable[[Tensor], Tensor]
 """Marginals (N, L) → messages (N, L)."""
