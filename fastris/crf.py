@@ -28,8 +28,8 @@ NUCLEI: dict[str, Any] = {
     "bilateral_compat": 16.0,
     "iterations": 5,
 }
-"""What ``--crf`` uses: fitted to the masks of the shipped nuclei model by benchmarks/fit_crf.py. docs/crf.md says what it
-gains and loses."""
+"""What ``--crf`` uses: fitted to the masks of the shipped nuclei model by benchmarks/fit_crf.py. docs/crf.md says what
+they gain and lose."""
 
 Kernel = Callable[[Tensor], Tensor]
 """Marginals (N, L) → messages (N, L)."""
