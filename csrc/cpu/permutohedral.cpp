@@ -315,6 +315,7 @@ Tensor permutohedral_filter(Tensor values, Tensor vertices, Tensor weights, Tens
   FASTRIS_CHECK(all_within(neighbours, -1, M), "permutohedral_filter: neighbours must be from -1 to M-1");
 
   Tensor out = empty_on(values, {N, C}, ScalarType::Float);
+  if (N * C == 0) return out;
   const int64_t row = (C + kRow - 1) / kRow * kRow;
   Lanes<float> blurred = new_zeros<float>(M * row), other = new_lanes<float>(M * row);
   const Lanes<float> zeros = new_zeros<float>(row);
