@@ -149,7 +149,7 @@ Tensor build_lattice(const Tensor& features, int64_t N, int32_t* vertices, float
   for (int64_t n = 0; n < N; ++n) {
     FASTRIS_CHECK(
         simplex.enclose(feature + n * D, scale),
-        "permutohedral_lattice: features must be finite and, in standard deviations, below about 2e5; point ", n,
+        "permutohedral_lattice: features must be finite and, in standard deviations, below 32768; point ", n,
         " is not");
     for (int k = 0; k <= D; ++k) {
       vertices[n * (D + 1) + k] = table.add(simplex.keys[k]);

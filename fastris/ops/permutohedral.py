@@ -16,7 +16,7 @@ from fastris import backend, reference
 from fastris.ops.arguments import describe, wrong
 
 MOST_DIMENSIONS = 8
-LARGEST = 2.0**17
+LARGEST = 2.0**15
 """Of a feature in standard deviations; beyond, fp32 no longer resolves a place within a simplex."""
 
 # Schema
@@ -91,7 +91,7 @@ def permutohedral_lattice(features: Tensor) -> PermutohedralLattice:
         features: (N, D), D from 1 to 8, floating, in standard deviations. fp32 runs natively on the CPU.
 
     Raises:
-        TypeError, ValueError: no such tensor, or features that are not finite or 2¹⁷ standard deviations from 0.
+        TypeError, ValueError: no such tensor, or features that are not finite or 2¹⁵ standard deviations from 0.
 
     Source: Adams, Baek & Davis, *Fast High-Dimensional Filtering Using the Permutohedral Lattice*, 2010.
     """
