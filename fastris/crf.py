@@ -142,9 +142,9 @@ class DenseCRF(nn.Module):
             raise wrong("DenseCRF.refine", "mask_logits", "floating (N,H,W)", mask_logits)
         if not 0 < threshold < 1:
             raise ValueError(f"DenseCRF.refine: threshold must be inside (0, 1), got {threshold}")
-        background = torch.full_like(mask_logits[:1], math.log(threshold / (1 - threshold)))
         if len(mask_logits) == 0:
             return mask_logits > 0
+        background = torch.full_like(mask_logits[:1], math.log(threshold / (1 - threshold)))
         marginals = self(torch.cat([background, mask_logits]).unsqueeze(0), image.unsqueeze(0))[0]
         winner = marginals.argmax(0)
         return winner == torch.arange(1, len(marginals), device=winner.device).view(-1, 1, 1)
@@ -179,14 +179,8 @@ def _gaussian(colours: Tensor, sxy: float, compat: float) -> Kernel:
         labels = maps.shape[1]
         for dim, size in ((2, height), (3, width)):
             radius = min(math.ceil(REACH * sxy), size - 1)
-            taps = (
-                torch.arange(-radius, radius + 1, dtype=maps.dtype, device=maps.device)
-                .div(sxy)
-                .square()
-                .mul(-0.5)
-                .exp()
-            )
-            weight = taps.view(1, 1, -1, 1).transpose(2, dim).expand(labels, 1, *((-1, 1) if dim == 2 else (1, -1)))
+            taps = torch.arange(-radius, radius + 1, dtype=maps.dtype, device=maps.device).div(sxy).square().mul(-0.5)
+            weight = taps.exp().view((1, 1, -1, 1) if dim == 2 else (1, 1, 1, -1)).expand(labels, -1, -1, -1)
             maps = F.conv2d(maps, weight, padding=(radius, 0) if dim == 2 else (0, radius), groups=labels)
         return maps
 
