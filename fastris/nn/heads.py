@@ -70,16 +70,17 @@ class DynamicMaskHead(nn.Module):
         state = torch.cat([hidden, features], dim=1)
         log_place = spatial_log_softmax(self.place(state).squeeze(1))
         attention = log_place.exp().flatten(1)  # [B, hw]
-        attended = torch.bmm(state.flatten(2), attention.unsqueeze(2)).squeeze(2)  # [B, C + F]
+        attended = torch.bmm(state.flatten(2), attention.unsqueeze(2).to(state.dtype)).squeeze(2)  # [B, C + F]
         weights = self.describe(attended)
 
         batch, _, height, width = detail.shape
-        scale = height / hidden.shape[2]
-        grid = _cell_centres(hidden.shape[2], hidden.shape[3], hidden) * scale  # [2, hw], in detail cells
-        centre = attention @ grid.t()  # [B, 2]
-        offset = (_cell_centres(height, width, hidden).unsqueeze(0) - centre.unsqueeze(2)) / self.radius
+        scale = height // hidden.shape[2]
+        grid = _cell_centres(hidden.shape[2], hidden.shape[3], attention) * scale  # [2, hw], in detail cells
+        centre = (attention.unsqueeze(1) * grid).sum(2)  # [B, 2]; a matrix product would be rounded under autocast
+        offset = (_cell_centres(height, width, attention).unsqueeze(0) - centre.unsqueeze(2)) / self.radius
         distance = offset.square().sum(1, keepdim=True)
-        inputs = torch.cat([detail.flatten(2), offset, distance], dim=1)  # [B, width + 3, h'w']
+        relative = torch.cat([offset, distance], dim=1).to(detail.dtype)
+        inputs = torch.cat([detail.flatten(2), relative], dim=1)  # [B, width + 3, h'w']
 
         first, bias_first, second, bias_second = weights.split(
             [(self.width + 3) * self.width, self.width, self.width, 1], 1
@@ -109,17 +110,30 @@ class ConfidenceHead(nn.Module):
         nn.init.constant_(self.linear.bias, bias)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        pooled = F.adaptive_max_pool2d(hidden, self.pool) if self.pool else hidden
+        pooled = grid_max(hidden, self.pool) if self.pool else hidden
         return self.linear(pooled.flatten(1)).squeeze(1)
 
 
+def grid_max(maps: Tensor, side: int) -> Tensor:
+    """``adaptive_max_pool2d`` to side × side; for torch.export by operators that ONNX has for maps of any size."""
+    if not torch.compiler.is_exporting():
+        return F.adaptive_max_pool2d(maps, side)
+    for dim in (2, 3):
+        size = maps.shape[dim]
+        index = torch.arange(size, device=maps.device).view(-1, *[1] * (3 - dim))
+        cells = [(index >= k * size // side) & (index < ((k + 1) * size + side - 1) // side) for k in range(side)]
+        maps = torch.stack([maps.where(cell, -torch.inf).amax(dim) for cell in cells], dim)
+    return maps
+
+
 def spatial_log_softmax(logits: Tensor) -> Tensor:
-    """Log-softmax over all places of a map: (B, h, w) → (B, h, w)."""
-    return F.log_softmax(logits.flatten(1), dim=1).view_as(logits)
+    """Log-softmax over all places of a map: (B, h, w) → (B, h, w), in fp32 at least."""
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return F.log_softmax(wide.flatten(1), dim=1).view_as(logits)
 
 
 def _cell_centres(height: int, width: int, like: Tensor) -> Tensor:
     """(2, height·width): x and y of the centre of every cell, in cells."""
     y = torch.arange(height, device=like.device, dtype=like.dtype) + 0.5
     x = torch.arange(width, device=like.device, dtype=like.dtype) + 0.5
-    return torch.stack([x.repeat(height), y.repeat_interleave(width)])
+    return torch.stack([x.expand(height, width), y.unsqueeze(1).expand(height, width)]).flatten(1)

@@ -188,7 +188,9 @@ class RecurrentInstanceSegmenter(nn.Module):
         images = self.backbone.normalize(images)
         height, width = images.shape[-2:]
         if self.input_size is None:
-            below, right = -height % self.backbone.multiple, -width % self.backbone.multiple
+            multiple = self.backbone.multiple  # as a sum and not as -height % multiple, which torch.export cannot solve
+            below = (height + multiple - 1) // multiple * multiple - height
+            right = (width + multiple - 1) // multiple * multiple - width
         else:
             below, right = self.input_size[0] - height, self.input_size[1] - width
             if min(below, right) < 0:

@@ -144,6 +144,10 @@ _library.impl("conv2d_same_backward", _backward, "CompositeExplicitAutograd")
 # Fake kernels
 
 
+def _fake(x: Tensor, weight: Tensor, bias: Tensor | None, dilation: int) -> Tensor:
+    return SameConvolution.room(x, weight.shape[0])
+
+
 def _fake_weight(weight: Tensor, turned: bool) -> Tensor:
     out, inputs = (weight.shape[1], weight.shape[0]) if turned else weight.shape[:2]
     return weight.new_empty(4, 4, inputs, (out + 15) // 16 * 16)
@@ -157,7 +161,7 @@ def _fake_weight_gradient(x: Tensor, grad: Tensor) -> Tensor:
     return x.new_empty(grad.shape[1], x.shape[1], 3, 3)
 
 
-torch.library.register_fake("fastris::conv2d_same", _forward, lib=_library)
+torch.library.register_fake("fastris::conv2d_same", _fake, lib=_library)
 torch.library.register_fake("fastris::conv2d_same_backward", _backward, lib=_library)
 torch.library.register_fake("fastris::winograd_weight", _fake_weight, lib=_library)
 torch.library.register_fake("fastris::winograd_convolve_out", _fake_convolve_out, lib=_library)

@@ -58,6 +58,35 @@ def test_the_dynamic_filter_moves_with_the_place_it_attends_to():
     torch.testing.assert_close(masks[0][:, :, :12], masks[1][:, :, 4:], rtol=1e-4, atol=1e-4)
 
 
+def test_a_place_far_from_the_corner_is_exact_in_mixed_precision():
+    """The filter draws minus the squared distance to the place, largest there; bf16 has steps of 1 from 128."""
+    head = DynamicMaskHead(4, 3, 5)
+    hidden, features, detail = torch.zeros(1, 4, 8, 200), torch.zeros(1, 3, 8, 200), torch.zeros(1, 8, 16, 400)
+    with torch.no_grad():
+        head.place[0].weight.fill_(1.0)
+        head.place[2].weight.fill_(1.0)
+        head.describe[2].weight.zero_()
+        filters = head.describe[2].bias.zero_()
+        filters[head.width + 2] = 1.0  # what the first of the inner channels takes: the squared distance
+        filters[(head.width + 3) * head.width + head.width] = -1.0  # and what the second layer makes of it
+    for x in (75, 150, 199):
+        hidden.zero_()[0, :, 3, x] = 50.0
+        with torch.autocast("cpu", torch.bfloat16):
+            logits, log_place = head(hidden, features, detail)
+        assert log_place.dtype == torch.float32 and log_place.exp()[0, 3, x] > 0.99
+        best = logits.float() == logits.max()
+        assert best.sum() == 4 and best[0, 6:8, 2 * x : 2 * x + 2].all()
+
+
+def test_a_model_of_bf16_weights_finds_about_the_same(model):
+    images = torch.rand(1, 3, 32, 48)
+    with torch.no_grad():
+        expected = model(images, 3)
+        output = model.bfloat16()(images.bfloat16(), 3)
+    assert output.masks.dtype in (torch.bfloat16, torch.float32)
+    torch.testing.assert_close(output.scores.float(), expected.scores, rtol=0, atol=3 * 2**-7)
+
+
 def test_confidence_pooled_and_unpooled():
     hidden = torch.randn(2, 4, 6, 8)
     pooled, unpooled = ConfidenceHead(4, 2), ConfidenceHead(4, 0, (6, 8))
