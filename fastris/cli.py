@@ -1,4 +1,4 @@
-"""The command line: ``fastris demo | train | curves | predict | evaluate | info``.
+"""The command line: ``fastris demo | train | curves | predict | evaluate | export | info``.
 
 Exit codes: 0 done, 1 something failed on the way, 2 the input or the options were wrong.
 """
@@ -11,11 +11,19 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 
 from fastris import __version__
-from fastris.commands import curves, demo, evaluate, info, predict, train
+from fastris.commands import curves, demo, evaluate, export, info, predict, train
 from fastris.commands.common import complain
 from fastris.errors import InputError
 
-COMMANDS = {"demo": demo, "train": train, "curves": curves, "predict": predict, "evaluate": evaluate, "info": info}
+COMMANDS = {
+    "demo": demo,
+    "train": train,
+    "curves": curves,
+    "predict": predict,
+    "evaluate": evaluate,
+    "export": export,
+    "info": info,
+}
 
 
 def build_parser(command: str | None = None) -> argparse.ArgumentParser:

@@ -88,7 +88,7 @@ def test_help_imports_nothing_heavy() -> None:
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert out.splitlines()[-1] == "[]"
-    for command in ("demo", "train", "curves", "predict", "evaluate", "info"):
+    for command in ("demo", "train", "curves", "predict", "evaluate", "export", "info"):
         assert command in out
 
 

@@ -61,6 +61,18 @@ def _fraction(text: str) -> float:
 _fraction.__name__ = "number"
 
 
+def image_size(text: str) -> tuple[int, int]:
+    """An argparse type: height and width as in 256x320, or one number for both."""
+    parts = [int(part) for part in text.lower().split("x")]
+    height, width = parts * 2 if len(parts) == 1 else parts
+    if min(height, width) < 1:
+        raise ValueError
+    return height, width
+
+
+image_size.__name__ = "size (HxW)"
+
+
 def resolve_device(name: str) -> torch.device:
     """The device of ``--device``.
 

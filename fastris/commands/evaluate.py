@@ -10,7 +10,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastris.commands.common import add_model_options, complain, find_instances, load_model, positive_integer, table
+from fastris.commands.common import (
+    add_model_options,
+    complain,
+    find_instances,
+    image_size,
+    load_model,
+    positive_integer,
+    table,
+)
 from fastris.errors import InputError
 
 if TYPE_CHECKING:
@@ -45,7 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--split", choices=("train", "validation", "all"), default="validation", help="which images (validation)"
     )
     parser.add_argument("--max-instances", type=positive_integer, metavar="N", help="only images with at most N")
-    parser.add_argument("--size", type=_size, metavar="HxW", help="only images of this size, such as 256x256")
+    parser.add_argument("--size", type=image_size, metavar="HxW", help="only images of this size, such as 256x256")
     parser.add_argument("--seed", type=int, help="seed of generated data")
     parser.add_argument("--out", default="fastris-evaluate", metavar="DIR", help="where to write (fastris-evaluate)")
     parser.add_argument(
@@ -177,14 +185,3 @@ def write_figure(
         rows.append(FigureRow(sample.image, found, sample.labels.numpy(), title=f"{title}: {sample.name}"))
     write_image(path, figure_panel(rows))
     print(f"wrote {path}")
-
-
-def _size(text: str) -> tuple[int, int]:
-    parts = [int(part) for part in text.lower().split("x")]
-    height, width = parts * 2 if len(parts) == 1 else parts
-    if min(height, width) < 1:
-        raise ValueError
-    return height, width
-
-
-_size.__name__ = "size (HxW)"
