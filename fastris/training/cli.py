@@ -46,21 +46,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Train, and say where the model is."""
+    from fastris.training.distributed import main_process, process_group, world_size
     from fastris.training.trainer import DivergedError, Trainer
 
     config = settings(args)
-    trainer = Trainer(config, args.out, resolve_device(args.device), args.resume)
-    steps = f"steps {trainer.step} to {config.max_steps}"
-    images = f"{len(trainer.train_data)} images, {len(trainer.validation_data)} for validation"
-    print(f"{config.data}: {images}; {steps}; writing to {args.out}", file=sys.stderr)
-    if args.preset != "default" and not args.resume:
-        say_departures(config)
-    try:
-        path = trainer.run()
-    except DivergedError as error:
-        complain(error)
-        return 1
-    print(f"wrote {path}")
+    with process_group(resolve_device(args.device)) as device:
+        trainer = Trainer(config, args.out, device, args.resume)
+        if main_process():
+            steps = f"steps {trainer.step} to {config.max_steps}"
+            images = f"{len(trainer.train_data)} images, {len(trainer.validation_data)} for validation"
+            processes = f" by {world_size()} processes" if world_size() > 1 else ""
+            print(f"{config.data}: {images}; {steps}{processes}; writing to {args.out}", file=sys.stderr)
+            if args.preset != "default" and not args.resume:
+                say_departures(config)
+        try:
+            path = trainer.run()
+        except DivergedError as error:
+            if main_process():
+                complain(error)
+            return 1
+        if main_process():
+            print(f"wrote {path}")
     return 0
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
@@ -41,6 +41,16 @@ from fastris.training.ahead import batches_ahead
 from fastris.training.checkpoints import list_checkpoints, load_checkpoint, read_state, save_checkpoint
 from fastris.training.config import TrainConfig
 from fastris.training.curriculum import Curriculum, Stage
+from fastris.training.distributed import (
+    gather,
+    main_process,
+    own_part,
+    parallel,
+    rank,
+    total,
+    wait_for_all,
+    world_size,
+)
 from fastris.training.log import RunLog
 
 _TRAIN, _VALIDATION = 0, 1  # streams of random numbers
@@ -55,7 +65,9 @@ class Trainer:
 
     The folder gets ``model.safetensors`` (the lowest validation loss since the curriculum last went on),
     ``checkpoints/`` and the files of a :class:`~fastris.training.log.RunLog`. A batch depends on the seed and the step
-    only, so a resumed run is the run that was not interrupted; on the CPU bit for bit.
+    only, so a resumed run is the run that was not interrupted; on the CPU bit for bit. In a process group each rank
+    trains on its part of the batch and rank 0 alone writes: the run is the same but for the order of sums. All ranks
+    read ``out`` to resume.
 
     Args:
         config: the settings.
@@ -64,13 +76,17 @@ class Trainer:
         resume: go on from the newest checkpoint in ``out``.
 
     Raises:
-        InputError: unusable data or folder, a damaged checkpoint, ``resume`` without a checkpoint, or a checkpoint
-            without ``resume``.
+        InputError: unusable data or folder, a damaged checkpoint, ``resume`` without a checkpoint, a checkpoint
+            without ``resume``, or a batch of fewer crops than there are processes.
     """
 
     def __init__(
         self, config: TrainConfig, out: Path, device: torch.device | str = "cpu", resume: bool = False
     ) -> None:
+        if min(config.batch_size) < world_size():
+            raise InputError(
+                f"batch_size: {world_size()} processes need as many crops in a batch, got {list(config.batch_size)}"
+            )
         self.config = config
         self.out = make_output_directory(out)
         self.device = torch.device(device)
@@ -103,6 +119,7 @@ class Trainer:
         self.step = 0
         if written:
             self._restore(written[-1])
+        self.parallel = parallel(self.model)
         self._validation_batches: tuple[Stage, list[Batch]] | None = None
         self._ahead: tuple[Stage, Iterator[Batch]] | None = None
 
@@ -112,29 +129,37 @@ class Trainer:
         Raises:
             DivergedError: the loss is not finite; the last checkpoint and the model file stay.
         """
-        log = RunLog(self.out, self.step)
+        log = RunLog(self.out, self.step) if main_process() else None
         bar = tqdm(
-            total=self.config.max_steps, initial=self.step, unit="step", smoothing=0.05, disable=None, file=sys.stderr
+            total=self.config.max_steps,
+            initial=self.step,
+            unit="step",
+            smoothing=0.05,
+            disable=None if main_process() else True,
+            file=sys.stderr,
         )
         try:
             while self.step < self.config.max_steps:
                 row = self._train_step()
-                log.train(row)
+                if log is not None:
+                    log.train(row)
                 bar.update()
                 bar.set_postfix_str(f"stage {row['stage']} loss {row['loss']:.3f}", refresh=False)
                 if self.step % self.config.validate_every == 0 or self.step == self.config.max_steps:
                     row = self._validate()
-                    log.validation(row)
-                    bar.write(
-                        f"step {self.step}  stage {row['stage']}  validation loss {row['loss']:.4f}  "
-                        f"SBD {row['sbd']:.3f}  |DiC| {row['dic']:.2f}",
-                        file=sys.stderr,
-                    )
+                    if log is not None:
+                        log.validation(row)
+                        bar.write(
+                            f"step {self.step}  stage {row['stage']}  validation loss {row['loss']:.4f}  "
+                            f"SBD {row['sbd']:.3f}  |DiC| {row['dic']:.2f}",
+                            file=sys.stderr,
+                        )
                     self._keep(row)
         finally:
             self._ahead = None  # ends the workers
             bar.close()
-            log.close()
+            if log is not None:
+                log.close()
         return self.out / "model.safetensors"
 
     @property
@@ -205,13 +230,15 @@ class Trainer:
         rate = self.learning_rate(self.step)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        batch = self._next_batch(stage).to(self.device)
+        whole = self._next_batch(stage)
+        batch = own_part(whole).to(self.device)
         self.model.train()
         self.optimizer.zero_grad(set_to_none=True)
-        terms = self._loss(self.model, batch)
-        terms.total.backward()
+        terms = self._loss(self.parallel, batch, int(whole.counts.max()))
+        share = len(batch) / len(whole)
+        (terms.total * (share * world_size())).backward()  # DistributedDataParallel divides by world_size()
         norm = self._limit_gradients()
-        values = [float(term.detach()) for term in (*terms, norm)]
+        values = [*total(torch.stack(terms).detach() * share).tolist(), float(norm)]
         if not all(map(math.isfinite, values)):
             kept = list_checkpoints(self.checkpoints)
             remedy = f"the last good checkpoint is {kept[-1]}" if kept else "there is no checkpoint yet"
@@ -226,11 +253,12 @@ class Trainer:
             "stage": self.curriculum.index + 1,
             **dict(zip(names, values, strict=True)),
             "learning_rate": rate,
-            "images_per_second": len(batch) / (time.perf_counter() - start),
+            "images_per_second": len(whole) / (time.perf_counter() - start),
         }
 
-    def _loss(self, model: RecurrentInstanceSegmenter, batch: Batch) -> LossTerms:
-        most, limit = int(batch.counts.max()), self.curriculum.stage.instances
+    def _loss(self, model: nn.Module, batch: Batch, most: int) -> LossTerms:
+        """`most` is the most instances in an image; 1 where there are none, so that all parameters have a gradient."""
+        most, limit = max(most, 1), self.curriculum.stage.instances
         steps = most + self.config.extra_steps
         if self.config.image_size is not None and limit:
             steps = min(steps, limit)
@@ -251,30 +279,36 @@ class Trainer:
     def _validate(self) -> dict[str, Any]:
         """Loss and metrics on the same held-out crops each time."""
         model = self.product.eval()
-        metrics = InstanceMetrics(sync_on_compute=False)
+        metrics = InstanceMetrics()
         losses: list[float] = []
         for batch in self._held_out():
             with torch.no_grad():
-                losses += [float(self._loss(model, batch.to(self.device)).total)] * len(batch)
+                terms = self._loss(model, batch.to(self.device), int(batch.counts.max()))
+            losses += [float(terms.total)] * len(batch)
             for image, labels, name in zip(batch.images, batch.labels, batch.names, strict=True):
                 instances = model.predict(image)
                 assert not isinstance(instances, list)
                 metrics.update(instances.label_map(), labels, name)
+        losses = gather(losses)
+        loss = math.fsum(losses) / len(losses)  # in any order
         means = metrics.compute()
         kept = {name: means[name] for name in ("sbd", "dic", "map", "ap50", "images")}
-        return {"step": self.step, "stage": self.curriculum.index + 1, "loss": sum(losses) / len(losses), **kept}
+        return {"step": self.step, "stage": self.curriculum.index + 1, "loss": loss, **kept}
 
     def _held_out(self) -> list[Batch]:
+        """This rank's part of the batches that a validation looks at."""
         stage = self.curriculum.stage
         if self._validation_batches is None or self._validation_batches[0] != stage:
-            view, samples = self._view(stage), []
-            whole = self.config.image_size is not None
-            crops = self.config.validation_crops
-            for k in range(min(crops, len(self.validation_data)) if whole else crops):
-                sample = self.validation_data[k % len(self.validation_data)]
-                samples.append(view(sample, _generator(self.config.seed, _VALIDATION, k)))
-            size = stage.batch_size
-            batches = [self._collate(samples[k : k + size]) for k in range(0, len(samples), size)]
+            view, size, number = self._view(stage), stage.batch_size, self.config.validation_crops
+            if self.config.image_size is not None:  # whole images, of which each is there once
+                number = min(number, len(self.validation_data))
+            batches = []
+            for start in range(0, number, size)[rank() :: world_size()]:
+                samples: list[Sample] = []
+                for k in range(start, min(start + size, number)):
+                    sample = self.validation_data[k % len(self.validation_data)]
+                    samples.append(view(sample, _generator(self.config.seed, _VALIDATION, k)))
+                batches.append(self._collate(samples))
             self._validation_batches = stage, batches
         return self._validation_batches[1]
 
@@ -282,7 +316,7 @@ class Trainer:
         """Write the model if it is the stage's best, go on in the curriculum, write a checkpoint."""
         if not math.isfinite(row["loss"]):
             raise DivergedError(f"the validation loss is not finite ({row['loss']}) at step {self.step}")
-        if self.curriculum.update(row["loss"]):
+        if self.curriculum.update(row["loss"]) and main_process():
             settings = self.config.to_dict()
             for name in ("data", "initial", "backbone_weights"):
                 settings[name] = Path(settings[name]).name  # not where on this machine
@@ -294,7 +328,9 @@ class Trainer:
             "curriculum": self.curriculum.state_dict(),
             "versions": {"fastris": __version__, "torch": torch.__version__},
         }
-        save_checkpoint(self.checkpoints, self.step, self.model, self.optimizer, state, self.average)
+        if main_process():
+            save_checkpoint(self.checkpoints, self.step, self.model, self.optimizer, state, self.average)
+        wait_for_all()
 
     def _restore(self, path: Path) -> None:
         state = read_state(path)

@@ -8,12 +8,14 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastris
 from fastris import InputError
@@ -154,10 +156,52 @@ def test_a_checkpoint_without_its_state_is_named(config, tmp_path):
         Trainer(config, tmp_path, resume=True)
 
 
-def test_mixed_precision_trains(config, tmp_path):
+def test_every_parameter_has_a_gradient_where_no_image_has_an_instance(config, tmp_path):
+    """DistributedDataParallel waits for all of them, and Adam must move the same ones on every rank."""
+    trainer = Trainer(config.updated({"extra_steps": 0}), tmp_path)
+    batch = trainer.batch(0, trainer.curriculum.stage)
+    empty = replace(batch, labels=torch.zeros_like(batch.labels), counts=torch.zeros_like(batch.counts))
+    trainer._loss(trainer.model, empty, 0).total.backward()
+    assert all(parameter.grad is not None for parameter in trainer.model.parameters())
+
+
+def test_mixed_precision_trains_with_weights_and_moments_in_fp32(config, tmp_path):
     trainer = Trainer(config.updated({"precision": "bf16"}), tmp_path)
     assert trainer.run().is_file()
-    assert all(parameter.dtype == torch.float32 for parameter in trainer.model.parameters())
+    moments = [tensor for state in trainer.optimizer.state.values() for tensor in state.values()]
+    kept = [*trainer.model.parameters(), *(parameter.grad for parameter in trainer.model.parameters()), *moments]
+    assert moments and all(tensor.dtype == torch.float32 for tensor in kept)
+
+
+def test_mixed_precision_lowers_the_loss(config, tmp_path):
+    changes = {"max_steps": 16, "learning_rate": 1e-2, "jitter": 0.0, "precision": "bf16", "stage_limit": [0.9, 1.0]}
+    trainer = Trainer(config.updated(changes), tmp_path)
+    images = trainer.batch(0, trainer.curriculum.stage)
+    trainer.batch = lambda step, stage: images  # type: ignore[method-assign]
+    losses = [trainer._train_step()["loss"] for _ in range(14)]
+    assert losses[-1] < losses[0] / 2
+
+
+def test_mixed_precision_runs_the_network_in_bf16_and_cells_and_loss_in_fp32(config, tmp_path):
+    seen: dict[str, set[torch.dtype]] = {}
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            name = func.name().partition("::")[2].partition(".")[0]
+            for k, argument in enumerate(args):
+                if isinstance(argument, torch.Tensor) and argument.is_floating_point():
+                    seen.setdefault(f"{name} {k}", set()).add(argument.dtype)
+            return func(*args, **(kwargs or {}))
+
+    trainer = Trainer(config.updated({"precision": "bf16"}), tmp_path)
+    batch = trainer.batch(0, trainer.curriculum.stage)
+    with Watch():
+        terms = trainer._loss(trainer.model, batch, 2)
+        terms.total.backward()
+    bf16, fp32 = {torch.bfloat16}, {torch.float32}
+    assert seen["convolution 0"] == seen["addmm 1"] == seen["lstm_gates 0"] == bf16
+    assert seen["lstm_gates 1"] == seen["soft_iou 0"] == seen["assignment 0"] == seen["_log_softmax 0"] == fp32
+    assert seen["binary_cross_entropy_with_logits 0"] == fp32 and terms.total.dtype == torch.float32
 
 
 def test_the_rate_warms_up_and_falls_to_zero(config, tmp_path):
