@@ -67,10 +67,11 @@ class Instances:
         from scipy.ndimage import find_objects
 
         labels = np.asarray(labels)
-        ids, numbers = np.unique(labels, return_inverse=True)
-        compact = np.maximum(numbers.reshape(labels.shape) - np.count_nonzero(ids <= 0) + 1, 0)  # 1 … N without gaps
-        places = find_objects(compact) if compact.any() else []
-        crops = [Crop.of(compact[at] == k, at[0].start, at[1].start) for k, at in enumerate(places, 1)]
+        ids = np.where(labels > 0, labels, 0).astype(np.int64)
+        if ids.max(initial=0) > 4 * ids.size:  # far apart: numbered anew, as find_objects gives a place to every number
+            ids = np.unique(np.append(0, ids), return_inverse=True)[1][1:].reshape(labels.shape)
+        places = find_objects(ids) if ids.any() else []
+        crops = [Crop.of(ids[at] == k, at[0].start, at[1].start) for k, at in enumerate(places, 1) if at]
         return cls(crops, np.ones(len(crops), np.float32), labels.shape, name)
 
     def __len__(self) -> int:

@@ -146,6 +146,20 @@ def test_coco_round_trip() -> None:
         np.testing.assert_array_equal(result["bbox"], mask_api.toBbox(rle))
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_pycocotools_loads_the_results() -> None:
+    coco_api = pytest.importorskip("pycocotools.coco")
+    masks = np.random.default_rng(0).random((3, 17, 23)) < 0.4
+    truth = coco_api.COCO()
+    truth.dataset = {"images": [{"id": 7, "height": 17, "width": 23}], "categories": [{"id": 3}], "annotations": []}
+    truth.createIndex()
+    results = truth.loadRes(Instances(masks, np.linspace(0.5, 1, 3), (17, 23)).to_coco(image_id=7, category_id=3))
+    annotations = results.loadAnns(results.getAnnIds(imgIds=[7], catIds=[3]))
+    assert [one["score"] for one in annotations] == [0.5, 0.75, 1.0]
+    for mask, annotation in zip(masks, annotations, strict=True):
+        np.testing.assert_array_equal(results.annToMask(annotation), mask)
+
+
 def test_coco_without_pycocotools_says_what_to_install(monkeypatch: pytest.MonkeyPatch, overlapping: Instances) -> None:
     monkeypatch.setitem(sys.modules, "pycocotools", None)
     with pytest.raises(InputError, match=r"fastris\[coco\]"):
