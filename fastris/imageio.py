@@ -36,16 +36,26 @@ def read_image(path: PathLike) -> np.ndarray:
     Raises:
         InputError: no such file, not an image, damaged, cut short or too large; the message names the file.
     """
-    image = _open(path, upright=True)
+    return to_rgb(_open(path, upright=True))
+
+
+def to_rgb(image: Image.Image) -> np.ndarray:
+    """A Pillow image of any mode as RGB, uint8 (H, W, 3), by the rules of :func:`read_image`."""
     if image.mode[0] in "IF":
-        values = np.asarray(image).astype(np.float64)
-        values = np.where(np.isfinite(values), values, 0.0)
-        low, high = values.min(), values.max()
-        grey = np.round((values - low) * (255.0 / (high - low) if high > low else 0.0)).astype(np.uint8)
-        return np.repeat(grey[:, :, None], 3, axis=2)
+        return np.repeat(stretch(np.asarray(image))[:, :, None], 3, axis=2)
     if image.mode in ("P", "PA"):
         image = image.convert("RGBA")  # straight to RGB, Pillow warns about a palette with transparency
+    elif image.mode == "La":
+        image = image.convert("LA")  # Pillow's only way from premultiplied grey
     return np.array(image if image.mode == "RGB" else image.convert("RGB"))
+
+
+def stretch(values: np.ndarray) -> np.ndarray:
+    """Numbers of any range and shape as uint8, the smallest finite one to 0 and the largest to 255."""
+    values = values.astype(np.float64)
+    values = np.where(np.isfinite(values), values, 0.0)
+    low, high = values.min(), values.max()
+    return np.round((values - low) * (255.0 / (high - low) if high > low else 0.0)).astype(np.uint8)
 
 
 def read_label_map(path: PathLike) -> np.ndarray:

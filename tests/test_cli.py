@@ -178,6 +178,19 @@ def test_predict_writes_everything(tmp_path: Path, weights: str) -> None:
     ]
 
 
+@pytest.mark.usefixtures("finder")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_pycocotools_loads_the_coco_file(tmp_path: Path, weights: str) -> None:
+    coco_api = pytest.importorskip("pycocotools.coco")
+    images = [picture(tmp_path / name) for name in ("a.png", "b.png")]
+    assert main(["predict", *map(str, images), "--weights", weights, "--out", str(tmp_path), "--coco"]) == 0
+    coco = coco_api.COCO(str(tmp_path / "coco.json"))
+    assert [image["file_name"] for image in coco.loadImgs(coco.getImgIds())] == list(map(str, images))
+    for image_id in coco.getImgIds():
+        masks = [coco.annToMask(one) for one in coco.loadAnns(coco.getAnnIds(image_id))]
+        np.testing.assert_array_equal(masks, two_boxes(None, np.zeros((32, 40, 3))).masks)
+
+
 def test_predict_with_a_real_model(tmp_path: Path, weights: str) -> None:
     image = picture(tmp_path / "a.png", (50, 70, 3))
     out = tmp_path / "out"
@@ -210,6 +223,55 @@ def test_predict_says_once_that_an_image_is_shrunk(tmp_path: Path, capsys: pytes
     assert (tmp_path / "out" / "a_steps.png").exists()
     (line,) = capsys.readouterr().err.splitlines()
     assert "70x50 pixels are looked at as 32x22" in line
+
+
+def test_predict_and_evaluate_in_tiles(tmp_path: Path, weights: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """The weights are sure of an object at every step: each of six tiles uses its two steps."""
+    image = picture(tmp_path / "a_rgb.png", (50, 70, 3))
+    write_label_map(tmp_path / "a_label.png", np.ones((50, 70), np.int32))
+    options = [
+        "--weights",
+        weights,
+        "--out",
+        str(tmp_path / "out"),
+        "--max-steps",
+        "2",
+        "--tile",
+        "32",
+        "--overlap",
+        "4",
+    ]
+    assert main(["predict", str(image), *options]) == 0
+    (note,) = capsys.readouterr().err.splitlines()
+    assert note.startswith(f"fastris: note: {image}: 6 of 6 tiles used all 2 steps")
+    (row,) = rows(tmp_path / "out")
+    assert row["warnings"] == [note.removeprefix(f"fastris: note: {image}: ")]
+    assert (row["height"], row["width"]) == (50, 70)
+
+    assert main(["evaluate", "--data", str(tmp_path), "--split", "all", *options]) == 0
+    assert "a: 6 of 6 tiles" in capsys.readouterr().err
+    report = json.loads((tmp_path / "out" / "evaluate.json").read_text())
+    assert (report["settings"]["tile"], report["settings"]["overlap"]) == (32, 4)
+
+
+def test_the_steps_of_tiles_are_not_drawn(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["predict", "a.png", "--tile", "32", "--figure", "--out", str(tmp_path / "out")]) == 2
+    (line,) = errors(capsys)
+    assert "leave --tile out" in line and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("command", [["predict", "a.png", "b.png"], ["evaluate", "--data", "leaves:2"]])
+def test_tiles_that_cannot_be_stop_before_any_work(
+    tmp_path: Path, weights: str, capsys: pytest.CaptureFixture[str], command: list[str]
+) -> None:
+    for tiles, message in (
+        (["--overlap", "8"], "overlap: only tiles overlap"),
+        (["--tile", "8", "--overlap", "8"], "overlap: expected 0 to 7"),
+        (["--tile", "9999"], "tile: expected 1 to 1024"),
+    ):
+        assert main([*command, "--weights", weights, "--out", str(tmp_path), *tiles]) == 2
+        (line,) = errors(capsys)
+        assert message in line
 
 
 @pytest.mark.usefixtures("finder")

@@ -6,6 +6,7 @@ import os
 from importlib import resources
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import fastris
@@ -13,7 +14,7 @@ from fastris.commands.demo import sample_pairs
 from fastris.data import in_validation, open_dataset
 from fastris.imageio import read_image, read_label_map
 from fastris.loading import read_metadata, shipped
-from fastris.metrics import InstanceMetrics
+from fastris.metrics import InstanceMetrics, symmetric_best_dice
 
 WEIGHTS = Path(str(resources.files("fastris") / "weights"))
 ROOT = Path(__file__).resolve().parent.parent
@@ -39,6 +40,16 @@ def test_the_samples_are_found_about_right() -> None:
     for image, labels in sample_pairs():
         metrics.update(model.predict(read_image(image)).label_map(), read_label_map(labels), image.name)
     assert metrics.compute()["sbd"] >= 0.5, metrics.rows
+
+
+def test_tiles_find_what_is_too_much_for_one_look() -> None:
+    model = fastris.load("nuclei")
+    pairs = [(read_image(image)[:256, :256], read_label_map(labels)[:256, :256]) for image, labels in sample_pairs()]
+    apart = [np.where(labels > 0, labels + 100 * k, 0) for k, (_, labels) in enumerate(pairs)]
+    labels = np.block([apart[:3], apart[3:]])  # 71 nuclei on 512 × 768 pixels
+    image = np.vstack([np.hstack([image for image, _ in row]) for row in (pairs[:3], pairs[3:])])
+    whole, tiled = (symmetric_best_dice(model.predict(image, tile=tile).label_map(), labels) for tile in (None, 256))
+    assert tiled >= 0.5 and tiled > whole
 
 
 @pytest.mark.data

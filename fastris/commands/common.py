@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
-    """--weights --threshold --max-steps --crf --device --backend."""
+    """--weights --threshold --max-steps --tile --overlap --crf --device --backend."""
     parser.add_argument(
         "--weights", default="nuclei", metavar="NAME_OR_PATH", help="a shipped model or a .safetensors file (nuclei)"
     )
@@ -26,7 +26,19 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         "--threshold", type=_fraction, default=0.5, metavar="S", help="stop at the first confidence below this (0.5)"
     )
     parser.add_argument(
-        "--max-steps", type=positive_integer, metavar="N", help="the most objects per image (the model's own limit)"
+        "--max-steps",
+        type=positive_integer,
+        metavar="N",
+        help="the most objects per image, or tile (the model's own)",
+    )
+    parser.add_argument(
+        "--tile",
+        type=positive_integer,
+        metavar="PIXELS",
+        help="look at square tiles of this side and stitch them, for large or crowded images (the whole image)",
+    )
+    parser.add_argument(
+        "--overlap", type=int, metavar="PIXELS", help="what neighbouring tiles share at least (a quarter of a tile)"
     )
     parser.add_argument("--crf", action="store_true", help="refine the masks of an image together with a dense CRF")
     add_run_options(parser)
@@ -93,11 +105,14 @@ def resolve_device(name: str) -> torch.device:
 
 
 def load_model(args: argparse.Namespace) -> RecurrentInstanceSegmenter:
-    """The model of ``--weights`` on ``--device``."""
+    """The model of ``--weights`` on ``--device``, for which ``--tile`` and ``--overlap`` are right."""
     from fastris.loading import load
+    from fastris.tiling import check_tiling
 
     device = resolve_device(args.device)
-    return load(args.weights).to(device)
+    model = load(args.weights).to(device)
+    check_tiling(args.tile, args.overlap, model.config.max_side)
+    return model
 
 
 def find_instances(model: RecurrentInstanceSegmenter, image: Any, name: str, args: argparse.Namespace) -> Instances:
@@ -107,7 +122,14 @@ def find_instances(model: RecurrentInstanceSegmenter, image: Any, name: str, arg
     crf = DenseCRF(**NUCLEI) if args.crf else None
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        instances = model.predict(image, max_steps=args.max_steps, threshold=args.threshold, crf=crf)
+        instances = model.predict(
+            image,
+            max_steps=args.max_steps,
+            threshold=args.threshold,
+            crf=crf,
+            tile=args.tile,
+            overlap=args.overlap,
+        )
     assert not isinstance(instances, list)  # as one image went in
     for warning in caught:
         if issubclass(warning.category, UserWarning):

@@ -109,16 +109,8 @@ def run(args: argparse.Namespace) -> int:
     settings = {
         key: getattr(args, key)
         for key in (
-            "data",
-            "data_class",
-            "split",
-            "max_instances",
-            "size",
-            "seed",
-            "weights",
-            "threshold",
-            "max_steps",
-            "crf",
+            *("data", "data_class", "split", "max_instances", "size", "seed"),
+            *("weights", "threshold", "max_steps", "tile", "overlap", "crf"),
         )
     }
     means = metrics.compute()

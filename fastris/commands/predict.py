@@ -46,6 +46,8 @@ def run(args: argparse.Namespace) -> int:
 
     if args.coco:
         require_pycocotools()
+    if args.figure and args.tile:
+        raise InputError("--figure: shows the steps of one look at the whole image; leave --tile out")
     inputs = [*args.inputs, *args.data]
     if not inputs:
         raise InputError("predict: expected image files, folders or glob patterns")

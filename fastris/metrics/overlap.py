@@ -77,8 +77,8 @@ def overlap_of_instances(pred: Instances, target: LabelMap) -> Overlap:
     ids, count = _compact(target, "target")
     _check_sizes(pred.size, ids.shape)
     joint = np.empty((len(pred), count + 2), np.int64)
-    for row, mask in zip(joint, pred.masks, strict=True):
-        row[:] = np.bincount(ids[mask], minlength=count + 2)
+    for row, (box, mask) in zip(joint, pred.crops, strict=True):
+        row[:] = np.bincount(ids[box.slices][mask], minlength=count + 2)
     target_areas = np.bincount(ids.reshape(-1), minlength=count + 2)[2:]
     return Overlap(joint[:, 2:], joint[:, 1:].sum(1), target_areas, joint[:, 0])
 

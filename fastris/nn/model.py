@@ -23,9 +23,12 @@ from fastris.nn.fcn8s import FCN8s
 from fastris.nn.heads import ConfidenceHead, DynamicMaskHead, SpatialInhibition
 from fastris.ops.conv2d_same import conv2d_same
 from fastris.ops.lstm_gates import lstm_gates
+from fastris.tiling import check_tiling, stitch, tile_boxes
 
 if TYPE_CHECKING:
     from fastris.crf import DenseCRF
+
+TILE_PIXELS = 2**19  # of the tiles that are looked at together: 8 of 256 × 256
 
 
 class RISOutput(NamedTuple):
@@ -254,39 +257,56 @@ class RecurrentInstanceSegmenter(nn.Module):
         mask_threshold: float | None = None,
         min_area: int = 4,
         crf: DenseCRF | None = None,
+        tile: int | None = None,
+        overlap: int | None = None,
     ) -> Instances | list[Instances]:
         """Find the objects of one image or of several.
 
         Args:
-            image: (3, H, W) or (B, 3, H, W) tensor, uint8 or floating in [0, 1]; an (H, W, 3) or (H, W) uint8 array;
-                a PIL image; a path; or a list of these, which gives a list of results.
-            max_steps: the most objects per image; the configuration's where not given.
+            image: a path; a PIL image; an (H, W) or (H, W, C) array; an (H, W), (C, H, W) or (B, C, H, W) tensor; or a
+                list of these, which gives a list of results. C is 1, 3, or 4, of which the alpha is dropped; values are
+                uint8, floating in [0, 1], or other integers, which are stretched from their minimum … maximum.
+            max_steps: the most objects per image, or per tile; the configuration's where not given.
             threshold: stop at the first confidence below this (0.5 in the paper).
             mask_threshold: a pixel belongs to the object where the mask is above this; the configuration's where not
                 given.
             min_area: an object of fewer pixels is dropped.
-            crf: refines all masks of an image together, after which no two overlap; an object that it leaves no pixel
+            crf: refines all masks of an image, or of a tile, together, after which no two overlap; an object that it leaves no pixel
                 is dropped.
+            tile: look at square tiles of this side in pixels, a few at a time, and stitch what they show
+                (:func:`fastris.tiling.stitch`), so that neither the size of the image nor the number of its objects is
+                limited by the model. By default the image is looked at as a whole.
+            overlap: pixels that neighbouring tiles share at least; a quarter of the tile where not given.
 
         Returns:
-            :class:`~fastris.Instances` in order of finding, or a list of them.
+            :class:`~fastris.Instances` in order of finding, tile by tile, or a list of them. Tiles that used all their
+            steps, and may show more objects than were found, are warned of and named in ``warnings``.
+
+        Raises:
+            InputError: an image, or a tile or overlap, that cannot be used.
         """
         from fastris.nn.inputs import as_images
 
-        images, names, single = as_images(image)
         limit = max_steps or self.config.max_steps
         if mask_threshold is None:
             mask_threshold = self.config.mask_threshold
+        overlap = check_tiling(tile, overlap, self.config.max_side)
+        cut = mask_threshold if crf is None else None
+        if crf is not None:
+            min_area = max(min_area, 1)
+        images, names, single = as_images(image)
         results = []
         for pixels, name in zip(images, names, strict=True):
-            height, width = pixels.shape[-2:]
-            looked_at = self._fit(pixels.unsqueeze(0), name)
-            cut = mask_threshold if crf is None else None
-            masks, scores = self._find(looked_at, limit, threshold, cut, (height, width))[0]
-            if crf is not None:
-                masks, min_area = crf.refine(masks, pixels, mask_threshold), max(min_area, 1)
-            keep = masks.flatten(1).sum(1) >= min_area
-            results.append(Instances(masks[keep].numpy(), scores[keep].numpy(), (height, width), name))
+            if tile is None:
+                size = (pixels.shape[1], pixels.shape[2])
+                looked_at = self._fit(pixels.unsqueeze(0), name)
+                masks, scores = self._find(looked_at, limit, threshold, cut, size)[0]
+                if crf is not None:
+                    masks = crf.refine(masks, pixels, mask_threshold)
+                found = Instances(masks.numpy(), scores.numpy(), size, name)
+            else:
+                found = self._find_in_tiles(pixels, tile, overlap, limit, threshold, mask_threshold, crf, name)
+            results.append(found[found.areas >= min_area])
         return results[0] if single else results
 
     @torch.inference_mode()
@@ -344,10 +364,46 @@ class RecurrentInstanceSegmenter(nn.Module):
         size = [max(1, side * self.config.max_side // longest) for side in (height, width)]
         warnings.warn(
             f"{name or 'image'}: {images.shape[-1]}x{images.shape[-2]} pixels are looked at as {size[1]}x{size[0]}; "
-            "cut the image up if its objects are small",
+            "look at it in tiles (tile=, --tile) if its objects are small",
             stacklevel=3,
         )
         return F.interpolate(images, size=size, mode="bilinear", antialias=True)
+
+    def _find_in_tiles(
+        self,
+        image: Tensor,
+        tile: int,
+        overlap: int,
+        limit: int,
+        threshold: float,
+        mask_threshold: float,
+        crf: DenseCRF | None,
+        name: str,
+    ) -> Instances:
+        """The instances of one (3, H, W) image from overlapping tiles of it."""
+        size = (image.shape[1], image.shape[2])
+        boxes = tile_boxes(size, tile, overlap)
+        together = max(1, TILE_PIXELS // tile**2)
+        found: list[Instances] = []
+        for start in range(0, len(boxes), together):
+            chosen = boxes[start : start + together]
+            tiles = torch.stack([image[(slice(None), *box.slices)] for box in chosen])
+            cut = mask_threshold if crf is None else None
+            results = self._find(self._fit(tiles, name), limit, threshold, cut, chosen[0].size)
+            for pixels, (masks, scores) in zip(tiles, results, strict=True):
+                if crf is not None:
+                    masks = crf.refine(masks, pixels, mask_threshold)
+                found.append(Instances(masks.numpy(), scores.numpy(), chosen[0].size))
+        stitched = stitch(boxes, found, size)
+        stitched.name = name
+        crowded = sum(len(one) == limit for one in found)
+        if crowded:
+            message = (
+                f"{crowded} of {len(boxes)} tiles used all {limit} steps and may show more objects; use smaller tiles"
+            )
+            stitched.warnings = (message,)
+            warnings.warn(f"{name or 'image'}: {message}", stacklevel=3)
+        return stitched
 
     def _find(
         self,

@@ -75,9 +75,14 @@ def as_pixels(image: Any) -> np.ndarray:
 
         return read_image(image)
     if isinstance(image, Image.Image):
-        return np.asarray(image.convert("RGB"))
+        from fastris.imageio import to_rgb
+
+        return to_rgb(image)
     channels_first = not isinstance(image, np.ndarray)  # a tensor
-    pixels = np.asarray(image.detach().cpu() if hasattr(image, "detach") else image)
+    if hasattr(image, "detach"):
+        image = image.detach().cpu()
+        image = image.float() if image.is_floating_point() else image  # NumPy has no bfloat16
+    pixels = np.asarray(image)
     if channels_first and pixels.ndim == 3:
         pixels = pixels.transpose(1, 2, 0)
     if pixels.ndim == 2:
@@ -86,9 +91,14 @@ def as_pixels(image: Any) -> np.ndarray:
         raise InputError(f"overlay: expected an image (H, W, 3), got shape {pixels.shape}")
     if np.issubdtype(pixels.dtype, np.floating):
         pixels = np.round(np.clip(np.nan_to_num(pixels), 0, 1) * 255).astype(np.uint8)
+    if not np.issubdtype(pixels.dtype, np.integer):
+        raise InputError(f"overlay: expected integers, or floating values in [0, 1], got {pixels.dtype}")
+    pixels = np.repeat(pixels, 3, axis=2) if pixels.shape[2] == 1 else pixels[:, :, :3]
     if pixels.dtype != np.uint8:
-        raise InputError(f"overlay: expected uint8 or floating values in [0, 1], got {pixels.dtype}")
-    return np.repeat(pixels, 3, axis=2) if pixels.shape[2] == 1 else pixels[:, :, :3]
+        from fastris.imageio import stretch
+
+        pixels = stretch(pixels)
+    return pixels
 
 
 def count_of(instances: Any) -> int:

@@ -87,8 +87,19 @@ def test_other_sizes_and_types_are_refused() -> None:
         overlay(IMAGE, LABELS[:-1])
     with pytest.raises(InputError, match="integer labels"):
         overlay(IMAGE, LABELS / 2)
-    with pytest.raises(InputError, match="int64"):
-        overlay(IMAGE.astype(np.int64), LABELS)
+    with pytest.raises(InputError, match="complex64"):
+        overlay(IMAGE.astype(np.complex64), LABELS)
+
+
+def test_what_predict_takes_can_be_drawn_on() -> None:
+    deep = IMAGE[:, :, 0].astype(np.uint16) * 200
+    deep[0, 0], deep[0, 1] = 0, 65535
+    stretched = np.round(deep / 257).astype(np.uint8)
+    expected = np.asarray(overlay(stretched, LABELS))
+    for image in (deep, Image.fromarray(deep), torch.from_numpy(deep), torch.from_numpy(deep)[None].expand(3, -1, -1)):
+        np.testing.assert_array_equal(np.asarray(overlay(image, LABELS)), expected)
+    half = torch.from_numpy(IMAGE).permute(2, 0, 1).bfloat16() / 256  # exact in bfloat16
+    np.testing.assert_array_equal(overlay(half, LABELS), overlay(half.float(), LABELS))
 
 
 def test_text_is_cut_or_wrapped_to_the_width() -> None:
