@@ -21,6 +21,8 @@ MOST_GRAPHS = 64
 LAG = 16
 """The most steps that the host is ahead of the device."""
 
+TENSORS = ("images", "labels", "counts")
+
 Update = Callable[[Batch, int], Tensor]
 """A whole training step: a batch on the device and the most instances in an image of it → (V,) on the device."""
 
@@ -78,18 +80,19 @@ class GraphedStep:
             self._seen.add(kind)
             return self._update(batch.to(self._device, non_blocking=True), most)
         if kind not in self._recorded:
-            self._recorded[kind] = self._record(batch.to(self._device, non_blocking=True), most)
+            self._recorded[kind] = self._record(batch, most)
         batch_of_graph, values, replay = self._recorded[kind]
-        for name in ("images", "labels", "counts"):
+        for name in TENSORS:
             getattr(batch_of_graph, name).copy_(getattr(batch, name), non_blocking=True)
         replay()
         return values
 
     def _record(self, batch: Batch, most: int) -> _Recorded:
-        batch = replace(batch, names=[], sizes=[])
+        room: dict[str, Any] = {name: torch.empty_like(getattr(batch, name), device=self._device) for name in TENSORS}
+        batch_of_graph = replace(batch, **room)
         results: list[Tensor] = []
-        replay, self._pool = capture(lambda: results.append(self._update(batch, most)), self._pool)
-        return _Recorded(batch, results[0], replay)
+        replay, self._pool = capture(lambda: results.append(self._update(batch_of_graph, most)), self._pool)
+        return _Recorded(batch_of_graph, results[0], replay)
 
 
 def capture(function: Callable[[], None], pool: Any) -> tuple[Callable[[], None], Any]:
@@ -103,8 +106,8 @@ def capture(function: Callable[[], None], pool: Any) -> tuple[Callable[[], None]
 class Readback:
     """Rows of a log whose numbers are on their way from the device.
 
-    On the CPU a row is there at once; on CUDA it follows within :data:`LAG` steps, and the host waits only when it would
-    otherwise be further ahead.
+    On the CPU a row is there at once. On CUDA it follows within :data:`LAG` steps, and the host waits only when it would
+    get further ahead.
 
     Args:
         names: of the numbers in a step's values.
