@@ -322,6 +322,7 @@ def test_cuda_solves_matrices_of_two_thousand() -> None:
 @pytest.mark.parametrize("shape", [(8, 12, 10), (2, 300, 200)])
 def test_cuda_graph_capture(shape: tuple[int, int, int]) -> None:
     cost = torch.rand(shape, device="cuda")
+    fastris.assignment(cost)  # loads the kernel
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         found = fastris.assignment(cost)
