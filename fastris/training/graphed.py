@@ -106,7 +106,7 @@ def capture(function: Callable[[], None], pool: Any) -> tuple[Callable[[], None]
 class Readback:
     """Rows of a log whose numbers are on their way from the device.
 
-    On the CPU a row is there at once. On CUDA it follows within :data:`LAG` steps, and the host waits only when it would
+    On the CPU a row is there at once. On CUDA it follows within :data:`LAG` steps; the host waits only when it would
     get further ahead.
 
     Args:

@@ -242,7 +242,7 @@ def test_a_compiled_function_follows_a_change_of_backend() -> None:
     for name, expected in (("native", "fastris::assignment"), ("reference", "fastris::assignment_reference")):
         with fastris.use_backend(name):
             compiled(cost)
-            with torch.profiler.profile() as profile:
+            with torch.profiler.profile(acc_events=True) as profile:
                 compiled(cost)
         assert expected in {event.key for event in profile.key_averages()}
 

@@ -583,7 +583,7 @@ def test_use_backend_gives_the_same_loss_and_gradients() -> None:
     x = torch.randn(4, 2, 3, 6, 5, dtype=torch.float64)
     found = []
     for name in ("reference", "native"):
-        with fastris.use_backend(name), torch.profiler.profile() as profile:
+        with fastris.use_backend(name), torch.profiler.profile(acc_events=True) as profile:
             outputs, states = module(x)
             loss = outputs[0].square().mean() + sum(one.mean() for one in states[0])
             found.append((loss.detach(), *torch.autograd.grad(loss, list(module.parameters()))))
@@ -682,6 +682,14 @@ def test_the_module_compiles_to_one_graph_on_each_backend(each_backend: str) -> 
         for ours, theirs in zip(*found, strict=True):
             bound = EPS64 * 3 * (9 * 7 + 9 * 16 + 40) * max(1, float(theirs.abs().max()))
             assert (ours - theirs).abs().max() <= bound
+
+
+def test_nothing_asks_whether_there_is_autocast(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The compiler of torch 2.11 cannot trace that."""
+    monkeypatch.setattr(torch.amp, "is_autocast_available", None)
+    convlstm(**good())
+    fastris.ConvLSTM(2, [3], (3, 3), 1)(torch.zeros(1, 2, 2, 4, 5))
+    convlstm(torch.zeros(2, 1, 3, 4, 5, device="meta"), torch.zeros(8, 5, 3, 3, device="meta"))
 
 
 # Wrong arguments
