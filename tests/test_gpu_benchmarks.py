@@ -124,3 +124,27 @@ def test_the_table_names_what_failed_or_was_cut_short(
     harness.measure("another", lambda: 1, lambda found: "it is off", {})
     harness.finish()
     assert code("gates") == 1 and "another: it is off" in capsys.readouterr().out
+
+
+SASS = """
+        /*0000*/                   LDG.E.128 R4, desc[UR4][R2.64] ;      /* 0x0000000402047981 */
+        /*0010*/              @!P0 LDG.E R8, desc[UR4][R2.64+0x10] ;     /* 0x0000100402088981 */
+        /*0020*/                   LDGSTS.E.BYPASS.128 [R9], desc[UR4][R2.64] ;
+        /*0030*/             @!UP0 HGMMA.64x128x16.F32.BF16 R24, gdesc[UR8], R24 ;
+        /*0040*/                   STG.E.128 desc[UR4][R2.64], R4 ;
+        /*0050*/                   EXIT ;
+        /*0060*/                   NOP ;
+"""
+
+
+def test_machine_code_is_counted_and_occupancy_follows(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton", reason="triton is not installed")
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    from gpu.machine_code import kernel_of, occupancy
+
+    one = kernel_of("one", 90, 90, 0, 8192, 4, SASS)
+    assert (one.loads, one.stores, one.copies, one.products, one.instructions) == ((1, 1), (1, 0), 1, 1, 6)
+    assert one.warps == occupancy(90, 90, 8192, 4) == 20  # 96 registers of 65536: 21 warps, five programs of four
+    assert occupancy(90, 32, 0, 4) == 64
+    assert occupancy(90, 32, 100 * 1024, 4) == 8  # two programs' shared memory
+    assert occupancy(80, 32, 100 * 1024, 4) == 4

@@ -57,11 +57,11 @@ class _Recorded(NamedTuple):
 
 
 class GraphedStep:
-    """An update that is replayed as a CUDA graph from the third batch of a kind on.
+    """An update that is replayed as a CUDA graph from the second batch of a kind on.
 
     A kind is the shape of the images and the most instances in one, which decides the number of recurrent steps; the
     counts of the images, read on the device, may be any. The first batch of a kind runs as it is, which warms up
-    the libraries and makes the optimiser's state; the second is captured. All graphs share one pool of memory.
+    the libraries and makes the optimiser's state; for the second the graph is captured. All share one pool of memory.
 
     ``step(batch, most)``, the batch on the host and best in page-locked memory, returns what the update returns; it is
     overwritten by the next step of the kind. Nothing waits for the device.

@@ -1,7 +1,7 @@
 """What the compilers made of the kernels, read without a GPU: a table, and JSON with ``--out``.
 
-    PYTHONPATH=benchmarks python -m gpu.inspect
-    PYTHONPATH=benchmarks python -m gpu.inspect --archs 90 --kernels lstm_gates --sass
+    PYTHONPATH=benchmarks python -m gpu.machine_code
+    PYTHONPATH=benchmarks python -m gpu.machine_code --archs 90 --kernels lstm_gates --sass
 
 Registers, spills and shared memory are those that ``cuobjdump`` reports; the occupancy follows from them. Instructions
 are counted in the listing, without the padding: the code of ``lstm_gates`` is straight, the others have loops.
@@ -73,8 +73,8 @@ def kernel_of(name: str, arch: int, registers: int, spilled: int, shared: int, w
     code = re.findall(r"^\s+/\*[0-9a-f]{4,5}\*/\s+(?:@!?U?P\d+ )?([A-Z0-9_.]+)", sass, re.MULTILINE)
     used = [one for one in code if one != "NOP"]
 
-    def count(start: str, wide: bool) -> int:
-        return sum(one.startswith(start) and ("128" in one) == wide for one in used)
+    def count(name: str, wide: bool) -> int:
+        return sum(one.split(".")[0] == name and ("128" in one) == wide for one in used)
 
     return Kernel(
         name, arch, registers, spilled, shared, occupancy(arch, registers, shared, warps),
