@@ -22,12 +22,12 @@ from pathlib import Path
 from typing import Any
 
 import triton
+from fastris.kernels import convlstm, lstm_gates, soft_iou
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from fastris import backend
 from fastris.imageio import atomic_write
-from fastris.kernels import convlstm, lstm_gates, soft_iou
 
 TOOL = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 SHARED_BYTES = {80: 164 * 1024, 90: 228 * 1024}
