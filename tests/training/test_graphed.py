@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import fastris
+from fastris import backend
 from fastris.data import Batch
 from fastris.training import Trainer, graphed
 from fastris.training.graphed import LAG, GraphedStep, Readback, new_adam, set_learning_rate
@@ -217,6 +219,13 @@ def test_the_host_waits_only_when_it_is_far_ahead_or_everything_is_wanted() -> N
 def test_there_are_no_graphs_on_the_cpu(config, tmp_path) -> None:
     assert not graphed.can_be_graphed(CPU)
     assert Trainer(config, tmp_path)._graphed_update is None
+
+
+def test_graphs_need_operators_that_leave_the_host_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backend, "why_not_native", lambda operator, device_type: None)
+    assert graphed.can_be_graphed(torch.device("cuda"))
+    with fastris.use_backend("reference"):
+        assert not graphed.can_be_graphed(torch.device("cuda"))
 
 
 # On a GPU
