@@ -23,8 +23,8 @@ LAG = 16
 
 TENSORS = ("images", "labels", "counts")
 
-Update = Callable[[Batch, int], Tensor]
-"""A whole training step: a batch on the device and the most instances in an image of it → (V,) on the device."""
+Update = Callable[..., Tensor]
+"""A whole training step: a batch on the device and sizes, integers of the host → (V,) on the device."""
 
 
 def can_be_graphed(device: torch.device) -> bool:
@@ -59,39 +59,44 @@ class _Recorded(NamedTuple):
 class GraphedStep:
     """An update that is replayed as a CUDA graph from the second batch of a kind on.
 
-    A kind is the shape of the images and the most instances in one, which decides the number of recurrent steps; the
-    counts of the images, read on the device, may be any. The first batch of a kind runs as it is, which warms up
-    the libraries and makes the optimiser's state; for the second the graph is captured. All share one pool of memory.
+    A kind is the shape of the images and the sizes, such as the most instances in an image and the number of recurrent
+    steps; the counts of the images, read on the device, may be any. The first batch of a kind runs as it is, which
+    warms up the libraries and makes the optimiser's state; for the second the graph is captured. All share a pool of
+    memory.
 
-    ``step(batch, most)``, the batch on the host and best in page-locked memory, returns what the update returns; it is
-    overwritten by the next step of the kind. Nothing waits for the device.
+    ``step(batch, *sizes)``, the batch on the host and best in page-locked memory, returns what the update returns,
+    which the next step of the kind overwrites. Nothing waits for the device.
     """
 
     def __init__(self, update: Update, device: torch.device) -> None:
         self._update = update
         self._device = device
-        self._seen: set[tuple[torch.Size, int]] = set()
-        self._recorded: dict[tuple[torch.Size, int], _Recorded] = {}
+        self.forget()
+
+    def forget(self) -> None:
+        """Drop all graphs, where no more batches of their kinds will come."""
+        self._seen: set[tuple[int, ...]] = set()
+        self._recorded: dict[tuple[int, ...], _Recorded] = {}
         self._pool: Any = None
 
-    def __call__(self, batch: Batch, most: int) -> Tensor:
-        kind = batch.images.shape, most
+    def __call__(self, batch: Batch, *sizes: int) -> Tensor:
+        kind = *batch.images.shape, *sizes
         if kind not in self._seen or (kind not in self._recorded and len(self._recorded) == MOST_GRAPHS):
             self._seen.add(kind)
-            return self._update(batch.to(self._device, non_blocking=True), most)
+            return self._update(batch.to(self._device, non_blocking=True), *sizes)
         if kind not in self._recorded:
-            self._recorded[kind] = self._record(batch, most)
+            self._recorded[kind] = self._record(batch, sizes)
         batch_of_graph, values, replay = self._recorded[kind]
         for name in TENSORS:
             getattr(batch_of_graph, name).copy_(getattr(batch, name), non_blocking=True)
         replay()
         return values
 
-    def _record(self, batch: Batch, most: int) -> _Recorded:
+    def _record(self, batch: Batch, sizes: tuple[int, ...]) -> _Recorded:
         room: dict[str, Any] = {name: torch.empty_like(getattr(batch, name), device=self._device) for name in TENSORS}
         batch_of_graph = replace(batch, **room)
         results: list[Tensor] = []
-        replay, self._pool = capture(lambda: results.append(self._update(batch_of_graph, most)), self._pool)
+        replay, self._pool = capture(lambda: results.append(self._update(batch_of_graph, *sizes)), self._pool)
         return _Recorded(batch_of_graph, results[0], replay)
 
 

@@ -310,7 +310,8 @@ class Trainer:
                 settings[name] = Path(settings[name]).name  # not where on this machine
             facts = {"training": settings, "validation": row, "fastris": __version__}
             save(self.out / "model.safetensors", self.product, facts)
-        self.curriculum.advance(self.step)
+        if self.curriculum.advance(self.step) and self._graphed_update is not None:
+            self._graphed_update.forget()
         state = {
             "config": self.config.to_dict(),
             "curriculum": self.curriculum.state_dict(),

@@ -79,9 +79,9 @@ def test_an_update_reads_nothing_on_the_host(config, tmp_path, changes) -> None:
     before = [parameter.detach().clone() for parameter in trainer.model.parameters()]
     batch = batch_of(2, 0, side=32)
     with HostReads() as reads:
-        values = trainer._update(batch, 2)
+        values = trainer._update(batch, 2, 4)
         set_learning_rate(trainer.optimizer, 2e-3)
-        trainer._update(batch, 2)
+        trainer._update(batch, 2, 4)
     assert reads.found == []
     assert values.shape == (5,) and values.isfinite().all()
     assert any(not torch.equal(one, two) for one, two in zip(before, trainer.model.parameters(), strict=True))
@@ -173,6 +173,26 @@ def test_what_a_graph_reads_is_no_memory_of_the_batch(recorder: Recorder) -> Non
     assert torch.equal(batches[1].images, second)
 
 
+def test_graphs_that_are_forgotten_are_captured_again(recorder: Recorder) -> None:
+    step = GraphedStep(recorder.update, CPU)
+    for _ in range(2):
+        for _ in range(3):
+            check(step, batch_of(2, 1))
+        step.forget()
+    assert (recorder.captures, recorder.replays, recorder.pools) == (2, 4, [None, None])
+
+
+def test_the_steps_of_a_batch_make_a_kind_too(config, tmp_path) -> None:
+    """A growing curriculum has the same images and counts at each stage, and more steps."""
+    trainer = Trainer(config.updated({"image_size": (32, 32)}), tmp_path)
+    batch = batch_of(5, 1, side=32)
+    found = []
+    for index in range(2):
+        trainer.curriculum.index = index
+        found.append(trainer._sizes(batch))
+    assert found == [(5, 2), (5, 4)]
+
+
 def test_there_is_a_limit_to_the_graphs(recorder: Recorder, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(graphed, "MOST_GRAPHS", 1)
     step = GraphedStep(recorder.update, CPU)
@@ -239,12 +259,12 @@ def test_graphs_train_as_the_steps_themselves_do(config, tmp_path, precision) ->
     for graph in (False, True):
         trainer = Trainer(config.updated({"precision": precision, "cuda_graph": graph}), tmp_path / str(graph), "cuda")
         assert (trainer._graphed_update is not None) == graph
-        update = trainer._graphed_update or (lambda batch, most, run=trainer._update: run(batch.to("cuda"), most))
+        update = trainer._graphed_update or (lambda batch, *sizes, run=trainer._update: run(batch.to("cuda"), *sizes))
         torch.manual_seed(1)
         rows = []
         for step, counts in enumerate([(2, 1), (2, 0), (1, 2), (1, 1), (1, 0), (2, 2), (0, 1), (1, 2)]):
             set_learning_rate(trainer.optimizer, 1e-3 / (step + 1))
-            rows.append(update(batch_of(*counts, side=32).pin_memory(), max(counts)).clone())
+            rows.append(update(batch_of(*counts, side=32).pin_memory(), max(counts), max(counts) + 2).clone())
         values[graph] = torch.stack(rows).cpu()
         if graph:
             assert len(trainer._graphed_update._recorded) == 2
