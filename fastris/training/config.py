@@ -254,7 +254,7 @@ where those are others. Neither gives numbers for the growing and the plateaus o
 
 _UNSTATED = {
     *("data", "data_class", "workers", "seed", "max_steps", "crop", "growth", "patience", "plateau", "validate_every"),
-    *("validation_crops", "initial", "backbone_weights", "model.max_steps", "model.max_side"),
+    *("validation_crops", "cuda_graph", "initial", "backbone_weights", "model.max_steps", "model.max_side"),
 }  # what the paper says nothing of
 
 
