@@ -52,6 +52,12 @@ def soft_iou_sums_kernel(
 ):
     """Σqy, Σq and Σy of one image, block of pairs and split."""
     compute = sums.dtype.element_ty
+    of_pixel = pred.dtype.element_ty
+    of_mask = target.dtype.element_ty
+    if of_pixel.primitive_bitwidth == 16 and (LABELS or of_mask.primitive_bitwidth == 8 or of_mask == of_pixel):
+        factor = of_pixel  # whole numbers up to 255 are exact in it: tensor cores multiply, and add in fp32
+    else:
+        factor = compute
     program = tl.program_id(0)  # b * S + s
     b = (program // splits).to(tl.int64)
     begin = (program % splits).to(tl.int64) * split_size
@@ -83,17 +89,16 @@ def soft_iou_sums_kernel(
         if LABELS:
             label = tl.load(target_image + x * target_stride_x, mask=inside, other=0)
             row = tl.where((label >= 1) & (label <= targets), label - 1 - first_target, -1).to(tl.int32)
-            y = (row[None, :] == tl.arange(0, BLOCK_G)[:, None]).to(compute)
+            y = (row[None, :] == tl.arange(0, BLOCK_G)[:, None]).to(factor)
         else:
             y = tl.load(
                 target_image + g[:, None] * target_stride_g + x[None, :] * target_stride_x,
                 mask=g_used[:, None] & inside[None, :],
                 other=0.0,
-            ).to(compute)
-        q = q.to(compute)
-        of_pred += q
-        of_target += y
-        both = tl.dot(q, tl.trans(y), both, input_precision="ieee", out_dtype=compute)
+            ).to(factor)
+        of_pred += q.to(compute)
+        of_target += y.to(compute)
+        both = tl.dot(q.to(factor), tl.trans(y), both, input_precision="ieee", out_dtype=compute)
 
     here = sums + program.to(tl.int64) * (P * (G + 1) + G)
     p_there = p < P

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastris.ops.arguments import describe
+from fastris.ops.arguments import autocast_enabled, describe
 
 
 def positive_int(owner: str, name: str, value: Any) -> int:
@@ -73,6 +73,5 @@ def check_state(owner: str, name: str, value: Any, shape: tuple[int, ...], like:
 def _check_kind(what: str, tensor: Tensor, device: torch.device, dtypes: tuple[torch.dtype, ...], like: str) -> None:
     if tensor.device != device:
         raise ValueError(f"{what} must be on {device} like {like}, got {tensor.device}")
-    autocast = torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
-    if tensor.dtype not in dtypes and not autocast:
+    if tensor.dtype not in dtypes and not autocast_enabled(device.type):
         raise ValueError(f"{what} must be {str(dtypes[0]).removeprefix('torch.')} like {like}, got {describe(tensor)}")

@@ -271,8 +271,8 @@ class RecurrentInstanceSegmenter(nn.Module):
             mask_threshold: a pixel belongs to the object where the mask is above this; the configuration's where not
                 given.
             min_area: an object of fewer pixels is dropped.
-            crf: refines all masks of an image, or of a tile, together, after which no two overlap; an object that it leaves no pixel
-                is dropped.
+            crf: refines all masks of an image, or of a tile, together, after which no two overlap; an object that it
+                leaves no pixel is dropped.
             tile: look at square tiles of this side in pixels, a few at a time, and stitch what they show
                 (:func:`fastris.tiling.stitch`), so that neither the size of the image nor the number of its objects is
                 limited by the model. By default the image is looked at as a whole.

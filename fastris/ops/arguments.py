@@ -32,6 +32,14 @@ def wrong(operator: str, name: str, expected: str, value: object) -> Exception:
     return ValueError(f"{operator}: {name} must be {expected}, got {describe(value)}")
 
 
+def autocast_enabled(device_type: str) -> bool:
+    """Whether autocast is on; never on the meta device, which has none.
+
+    Not torch.amp.is_autocast_available, which the compiler of torch 2.11 cannot trace.
+    """
+    return device_type != "meta" and torch.is_autocast_enabled(device_type)
+
+
 def describe(tensor: Tensor) -> str:
     """Dtype and shape for a message, as in "float32 (2,64,64)"."""
     return f"{str(tensor.dtype).removeprefix('torch.')} ({','.join(map(str, tensor.shape))})"

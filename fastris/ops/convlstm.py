@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from fastris import backend, reference
-from fastris.ops.arguments import wrong
+from fastris.ops.arguments import autocast_enabled, wrong
 from fastris.ops.conv2d_same import SameConvolution, channels_last
 from fastris.ops.lstm_gates import compute_dtype, peephole_gradient
 
@@ -273,9 +273,8 @@ def fused_step(weight: Tensor) -> ModuleType | None:
 
 
 def no_autocast(device_type: str) -> AbstractContextManager[object]:
-    """Not every type of device has autocast: meta has none."""
-    available = torch.amp.is_autocast_available(device_type)
-    return torch.autocast(device_type, enabled=False) if available else nullcontext()
+    """A context without autocast."""
+    return torch.autocast(device_type, enabled=False) if autocast_enabled(device_type) else nullcontext()
 
 
 # Kernels: the layer in Python over the convolutions of torch and the native gates, on the devices that have those
@@ -399,7 +398,7 @@ def convlstm(
         if value.device != x.device:
             raise ValueError(f"convlstm: {name} must be on {x.device} like x, got {value.device}")
     device = x.device.type
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+    if autocast_enabled(device) and x.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device)
         x, weight = x.to(dtype), weight.to(dtype)
         bias, hidden = (None if one is None else one.to(dtype) for one in (bias, hidden))

@@ -48,6 +48,7 @@ class TrainConfig:
         jitter: how strongly to change brightness, contrast and gamma; 1 for the transform's own ranges, 0 for not.
         grey_probability, invert_probability: how often colours become grey, and dark and bright change places.
         precision: "fp32", or "bf16" for mixed precision.
+        cuda_graph: on a GPU with native operators, replay the steps as CUDA graphs; the CPU takes no notice.
         ema: the weights that are validated and saved are an exponential moving average of those trained, with this
             decay a step; 0 for the weights themselves.
         initial: a model to start from, of the same architecture: a shipped model's name or a file; empty for none.
@@ -89,6 +90,7 @@ class TrainConfig:
     grey_probability: float = 0.0
     invert_probability: float = 0.0
     precision: str = "fp32"
+    cuda_graph: bool = True
     ema: float = 0.0
     initial: str = ""
     backbone_weights: str = ""
@@ -252,7 +254,7 @@ where those are others. Neither gives numbers for the growing and the plateaus o
 
 _UNSTATED = {
     *("data", "data_class", "workers", "seed", "max_steps", "crop", "growth", "patience", "plateau", "validate_every"),
-    *("validation_crops", "initial", "backbone_weights", "model.max_steps", "model.max_side"),
+    *("validation_crops", "cuda_graph", "initial", "backbone_weights", "model.max_steps", "model.max_side"),
 }  # what the paper says nothing of
 
 

@@ -51,6 +51,7 @@ from fastris.training.distributed import (
     wait_for_all,
     world_size,
 )
+from fastris.training.graphed import GraphedStep, Readback, can_be_graphed, new_adam, set_learning_rate
 from fastris.training.log import RunLog
 
 _TRAIN, _VALIDATION = 0, 1  # streams of random numbers
@@ -106,12 +107,15 @@ class Trainer:
         torch.manual_seed(config.seed)
         self.model = self._new_model(resume).to(self.device)
         self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.average = _average_of(self.model, config.ema) if config.ema else None
+        self.average = AveragedModel(self.model) if config.ema else None
         self.loss = RISLoss(
             config.loss_variant, config.confidence_weight, config.place_weight, config.per_instance,
             config.loss_resolution,
         )  # fmt: skip
-        self.optimizer = torch.optim.Adam(self.model.parameters(), lr=config.learning_rate)
+        self.optimizer = new_adam(self.model.parameters(), config.learning_rate, self.device)
+        graphed = config.cuda_graph and can_be_graphed(self.device) and world_size() == 1
+        self._graphed_update = GraphedStep(self._update, self.device) if graphed else None
+        self._readback = Readback(("loss", "mask", "confidence", "place", "gradient_norm"))
         most = 0
         if not config.instances[-1]:
             most = max(sample.count for data in (self.train_data, self.validation_data) for sample in data)
@@ -140,12 +144,14 @@ class Trainer:
         )
         try:
             while self.step < self.config.max_steps:
-                row = self._train_step()
-                if log is not None:
-                    log.train(row)
-                bar.update()
-                bar.set_postfix_str(f"stage {row['stage']} loss {row['loss']:.3f}", refresh=False)
-                if self.step % self.config.validate_every == 0 or self.step == self.config.max_steps:
+                self._train_step()
+                due = self.step % self.config.validate_every == 0 or self.step == self.config.max_steps
+                for row in self._complete_rows(everything=due):
+                    if log is not None:
+                        log.train(row)
+                    bar.update()
+                    bar.set_postfix_str(f"stage {row['stage']} loss {row['loss']:.3f}", refresh=False)
+                if due:
                     row = self._validate()
                     if log is not None:
                         log.validation(row)
@@ -224,44 +230,63 @@ class Trainer:
             self._ahead = stage, batches_ahead(partial(self.batch, stage=stage), steps, config.workers)
         return next(self._ahead[1])
 
-    def _train_step(self) -> dict[str, Any]:
+    def _train_step(self) -> None:
+        """Queue a step; :meth:`_complete_rows` says how it went."""
         start = time.perf_counter()
-        stage = self.curriculum.stage
         rate = self.learning_rate(self.step)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        whole = self._next_batch(stage)
-        batch = own_part(whole).to(self.device)
+        set_learning_rate(self.optimizer, rate)
+        whole = self._next_batch(self.curriculum.stage)
+        sizes = self._sizes(whole)
         self.model.train()
-        self.optimizer.zero_grad(set_to_none=True)
-        terms = self._loss(self.parallel, batch, int(whole.counts.max()))
-        share = len(batch) / len(whole)
-        (terms.total * (share * world_size())).backward()  # DistributedDataParallel divides by world_size()
-        norm = self._limit_gradients()
-        values = [*total(torch.stack(terms).detach() * share).tolist(), float(norm)]
-        if not all(map(math.isfinite, values)):
-            kept = list_checkpoints(self.checkpoints)
-            remedy = f"the last good checkpoint is {kept[-1]}" if kept else "there is no checkpoint yet"
-            raise DivergedError(f"the loss is not finite ({values[0]}) at step {self.step}; {remedy}")
-        self.optimizer.step()
+        if self._graphed_update is not None:
+            values = self._graphed_update(whole.pin_memory(), *sizes)
+        else:
+            part = own_part(whole)
+            values = self._update(part.to(self.device), *sizes, share=len(part) / len(whole))
         if self.average is not None:
-            self.average.update_parameters(self.model)
+            _update_average(self.average, self.model, max(1 - self.config.ema, 1 / (self.step + 1)))
         self.step += 1
-        names = ("loss", "mask", "confidence", "place", "gradient_norm")
-        return {
+        row = {
             "step": self.step,
             "stage": self.curriculum.index + 1,
-            **dict(zip(names, values, strict=True)),
             "learning_rate": rate,
             "images_per_second": len(whole) / (time.perf_counter() - start),
         }
+        self._readback.put(row, values)
 
-    def _loss(self, model: nn.Module, batch: Batch, most: int) -> LossTerms:
-        """`most` is the most instances in an image; 1 where there are none, so that all parameters have a gradient."""
-        most, limit = max(most, 1), self.curriculum.stage.instances
+    def _update(self, batch: Batch, most: int, steps: int, share: float = 1.0) -> Tensor:
+        """One step of the weights without a host sync; (5,): the terms of the loss and the norm of the gradient.
+
+        The batch is this rank's `share` of all images, and the results are those of all.
+        """
+        self.optimizer.zero_grad(set_to_none=True)
+        terms = self._loss(self.parallel, batch, most, steps)
+        (terms.total * (share * world_size())).backward()  # DistributedDataParallel divides by world_size()
+        norm = self._limit_gradients()
+        self.optimizer.step()
+        return torch.cat([total(torch.stack(terms).detach() * share), norm.detach().unsqueeze(0)])
+
+    def _complete_rows(self, everything: bool) -> Iterator[dict[str, Any]]:
+        """Rows for the log; all of them, or those whose numbers have come from the device."""
+        for row in self._readback.take(everything):
+            if not all(math.isfinite(value) for value in row.values()):
+                kept = list_checkpoints(self.checkpoints)
+                remedy = f"the last good checkpoint is {kept[-1]}" if kept else "there is no checkpoint yet"
+                raise DivergedError(f"the loss is not finite ({row['loss']}) at step {row['step'] - 1}; {remedy}")
+            yield row
+
+    def _sizes(self, batch: Batch) -> tuple[int, int]:
+        """The most instances in an image of a batch on the host, and the recurrent steps that it gets.
+
+        A batch without instances counts as one with an instance, so that all parameters have a gradient.
+        """
+        most, limit = max(int(batch.counts.max()), 1), self.curriculum.stage.instances
         steps = most + self.config.extra_steps
         if self.config.image_size is not None and limit:
             steps = min(steps, limit)
+        return most, steps
+
+    def _loss(self, model: nn.Module, batch: Batch, most: int, steps: int) -> LossTerms:
         images = batch.images.contiguous(memory_format=torch.channels_last)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
             output = model(images, steps)
@@ -283,7 +308,7 @@ class Trainer:
         losses: list[float] = []
         for batch in self._held_out():
             with torch.no_grad():
-                terms = self._loss(model, batch.to(self.device), int(batch.counts.max()))
+                terms = self._loss(model, batch.to(self.device), *self._sizes(batch))
             losses += [float(terms.total)] * len(batch)
             for image, labels, name in zip(batch.images, batch.labels, batch.names, strict=True):
                 instances = model.predict(image)
@@ -322,7 +347,8 @@ class Trainer:
                 settings[name] = Path(settings[name]).name  # not where on this machine
             facts = {"training": settings, "validation": row, "fastris": __version__}
             save(self.out / "model.safetensors", self.product, facts)
-        self.curriculum.advance(self.step)
+        if self.curriculum.advance(self.step) and self._graphed_update is not None:
+            self._graphed_update.forget()
         state = {
             "config": self.config.to_dict(),
             "curriculum": self.curriculum.state_dict(),
@@ -342,14 +368,11 @@ class Trainer:
             raise InputError(f"{path / 'state.json'}: damaged: {error!r}") from None
 
 
-def _average_of(model: RecurrentInstanceSegmenter, decay: float) -> AveragedModel:
-    """A moving average over some 1 / (1 − decay) steps, and over all of them while there are fewer."""
-
-    def update(averages: Any, weights: Any, count: Tensor | int) -> None:
-        share = max(1 - decay, 1 / (int(count) + 1))
-        torch._foreach_lerp_(averages, weights, share)
-
-    return AveragedModel(model, multi_avg_fn=update)
+@torch.no_grad()
+def _update_average(average: AveragedModel, model: RecurrentInstanceSegmenter, share: float) -> None:
+    """Move a moving average by a share of the way. AveragedModel's own update reads its count from the device."""
+    torch._foreach_lerp_(list(average.module.parameters()), list(model.parameters()), share)
+    average.n_averaged += 1
 
 
 def _generator(seed: int, stream: int, number: int) -> torch.Generator:

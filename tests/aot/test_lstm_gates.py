@@ -31,7 +31,7 @@ OPTIONAL = {"addend", "bias", "peephole", "d_sum"}
     ],
 )
 def test_lstm_gates(
-    direction: str, gates: str, state: str, channels: int, given: str, compiled: Callable[..., Any]
+    direction: str, gates: str, state: str, channels: int, given: str, arch: int, compiled: Callable[..., Any]
 ) -> None:
     kernel = kernels.lstm_gates_kernel if direction == "forward" else kernels.lstm_gates_backward_kernel
     types = {
@@ -43,7 +43,9 @@ def test_lstm_gates(
     missing = OPTIONAL.intersection(kernel.arg_names) if given == "none" else set()
     constants = {"C": channels, **kernels.tile_of(channels, BYTES[gates]), **dict.fromkeys(missing)}
     binary = compiled(kernel, types, constants, {"num_warps": kernels.NUM_WARPS})
-    binary.check_registers(168)  # three programs of four warps on a multiprocessor
+    # Three programs of four warps on a multiprocessor. For sm_80 ptxas spills a register in one, to stay at 64.
+    binary.check_registers(168, 8 if arch == 80 else 0)
+    assert "div.full" not in binary.ptx and ("rcp.approx.ftz" in binary.ptx) == (gates != "fp64")
     if channels * BYTES[gates] % 16 == 0:
         tensors = 5 if direction == "forward" else 7  # four gates and the states read
         assert binary.sass.count("LDG.E.128") >= tensors

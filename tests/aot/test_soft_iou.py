@@ -33,6 +33,16 @@ def test_sums(dtype: str, labels: bool, rows: int, compiled: Callable[..., Any])
     binary = compiled(kernels.soft_iou_sums_kernel, types, constants, options)
     binary.check_registers(MOST_REGISTERS)
     assert "tf32" not in binary.ptx
+    assert ("HMMA.16816.F32" in binary.sass) == (dtype in ("bf16", "fp16"))  # exact products, sums in fp32
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+@pytest.mark.parametrize("target", ["u8", "fp32"])
+def test_products_of_halves_are_narrow_only_where_exact(dtype: str, target: str, compiled: Callable[..., Any]) -> None:
+    types = {"pred": f"*{dtype}", "target": f"*{target}", "sums": "*fp32"}
+    constants = {"LABELS": False, "BLOCK_P": 32, "BLOCK_G": 32, "num_pred": None, "num_target": None}
+    binary = compiled(kernels.soft_iou_sums_kernel, types, constants, kernels.MASK_SUMS)
+    assert ("HMMA" in binary.sass) == (target == "u8")
 
 
 @pytest.mark.parametrize("compute", ["fp32", "fp64"])

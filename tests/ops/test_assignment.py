@@ -242,7 +242,7 @@ def test_a_compiled_function_follows_a_change_of_backend() -> None:
     for name, expected in (("native", "fastris::assignment"), ("reference", "fastris::assignment_reference")):
         with fastris.use_backend(name):
             compiled(cost)
-            with torch.profiler.profile() as profile:
+            with torch.profiler.profile(acc_events=True) as profile:
                 compiled(cost)
         assert expected in {event.key for event in profile.key_averages()}
 
@@ -322,6 +322,7 @@ def test_cuda_solves_matrices_of_two_thousand() -> None:
 @pytest.mark.parametrize("shape", [(8, 12, 10), (2, 300, 200)])
 def test_cuda_graph_capture(shape: tuple[int, int, int]) -> None:
     cost = torch.rand(shape, device="cuda")
+    fastris.assignment(cost)  # loads the kernel
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         found = fastris.assignment(cost)

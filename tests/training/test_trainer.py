@@ -319,10 +319,10 @@ def test_whole_images_show_all_and_the_curriculum_limits_the_steps(config, tmp_p
     most = int(batch.counts.max())
     for index, steps in ((0, 2), (1, 3), (2, most + 2)):
         trainer.curriculum.index = index
-        trainer._loss(trainer.model, batch, most)
+        trainer._loss(trainer.model, batch, *trainer._sizes(batch))
         assert seen[-1] == ((2, 3, 32, 40), steps)
     trainer.curriculum.index, trainer.curriculum.grown = 1, 1
-    trainer._loss(trainer.model, batch, most)
+    trainer._loss(trainer.model, batch, *trainer._sizes(batch))
     assert seen[-1][1] == 4 <= most
 
 
