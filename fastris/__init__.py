@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from fastris.backend import use_backend
     from fastris.errors import InputError
-    from fastris.info import info
+    from fastris.environment import info
     from fastris.instances import Instances
     from fastris.loading import load, save
     from fastris.nn.config import ModelConfig
@@ -35,7 +35,7 @@ _HOME = {
     "RecurrentInstanceSegmenter": "fastris.nn.model",
     "assignment": "fastris.ops.assignment",
     "convlstm": "fastris.ops.convlstm",
-    "info": "fastris.info",
+    "info": "fastris.environment",
     "linear_sum_assignment": "fastris.ops.assignment",
     "load": "fastris.loading",
     "lstm_gates": "fastris.ops.lstm_gates",

@@ -13,7 +13,7 @@ import torch
 
 import fastris
 from fastris import backend
-from fastris.info import format_info, info
+from fastris.environment import format_info, info
 
 needs_extension = pytest.mark.skipif(backend.native_error() is not None, reason="fastris._C is not built")
 
@@ -114,3 +114,17 @@ def test_importing_fastris_is_light() -> None:
     heavy = ("scipy", "PIL", "triton", "matplotlib")
     code = f"import sys, fastris; fastris.assignment; print([m for m in {heavy} if m in sys.modules])"
     assert run_python(code).stdout.strip() == "[]"
+
+
+def test_public_names_survive_the_import_of_every_module() -> None:
+    result = run_python(
+        """
+        import importlib, pkgutil, types
+        import fastris
+        for module in pkgutil.walk_packages(fastris.__path__, "fastris."):
+            if module.name != "fastris.__main__" and not module.name.startswith("fastris.kernels"):
+                importlib.import_module(module.name)
+        print([name for name in fastris.__all__ if isinstance(getattr(fastris, name), types.ModuleType)])
+        """
+    )
+    assert result.stdout.strip() == "[]"

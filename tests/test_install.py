@@ -134,7 +134,7 @@ def test_without_a_compiler_the_install_is_pure_python_and_warns_once(
     said = pip(python, "install", *options, ".", cwd=source, CXX="/bin/false", CC="/bin/false")
     assert said.count("WARNING: fastris is installed without its native operators") == 1
     assert passed(run(python, "-c", USE, cwd=tmp_path)).startswith("fastris was installed without")
-    info = passed(run(python, "-c", "import fastris.info as i; print(i.format_info())", cwd=tmp_path))
+    info = passed(run(python, "-c", "import fastris.environment as i; print(i.format_info())", cwd=tmp_path))
     assert "remedy: install a C++ compiler" in info
 
 

@@ -115,11 +115,16 @@ def load_model(args: argparse.Namespace) -> RecurrentInstanceSegmenter:
     return model
 
 
-def find_instances(model: RecurrentInstanceSegmenter, image: Any, name: str, args: argparse.Namespace) -> Instances:
-    """The instances of one image; what the model warns about becomes a line on stderr that names the image."""
+def find_instances(
+    model: RecurrentInstanceSegmenter, image: Any, name: str, args: argparse.Namespace, refine: bool = True
+) -> Instances:
+    """The instances of one image; what the model warns about becomes a line on stderr that names the image.
+
+    ``refine=False`` leaves out the CRF of the options.
+    """
     from fastris.crf import NUCLEI, DenseCRF
 
-    crf = DenseCRF(**NUCLEI) if args.crf else None
+    crf = DenseCRF(**NUCLEI) if args.crf and refine else None
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         instances = model.predict(

@@ -167,13 +167,15 @@ def spread(scores: Sequence[float], number: int) -> list[tuple[int, str]]:
 def write_figure(
     path: Path, chosen: list[tuple[Sample, str]], model: RecurrentInstanceSegmenter, args: argparse.Namespace
 ) -> None:
-    """The picture of ``--figure``: image, network and ground truth of each sample, with its title."""
+    """The picture of ``--figure``: image, network, CRF if asked for, and ground truth of each sample, with its title."""
     from fastris.imageio import write_image
     from fastris.viz import FigureRow, figure_panel
 
     rows = []
     for sample, title in chosen:
-        found = find_instances(model, sample.image, sample.name, args).label_map()
-        rows.append(FigureRow(sample.image, found, sample.labels.numpy(), title=f"{title}: {sample.name}"))
+        found = find_instances(model, sample.image, sample.name, args, refine=False).label_map()
+        refined = find_instances(model, sample.image, sample.name, args).label_map() if args.crf else None
+        truth = sample.labels.numpy()
+        rows.append(FigureRow(sample.image, found, truth, refined, title=f"{title}: {sample.name}"))
     write_image(path, figure_panel(rows))
     print(f"wrote {path}")

@@ -14,7 +14,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print the report."""
-    from fastris.info import format_info
+    from fastris.environment import format_info
 
     print(format_info())
     return 0

@@ -161,7 +161,7 @@ def test_every_parameter_has_a_gradient_where_no_image_has_an_instance(config, t
     trainer = Trainer(config.updated({"extra_steps": 0}), tmp_path)
     batch = trainer.batch(0, trainer.curriculum.stage)
     empty = replace(batch, labels=torch.zeros_like(batch.labels), counts=torch.zeros_like(batch.counts))
-    trainer._loss(trainer.model, empty, 0).total.backward()
+    trainer._loss(trainer.model, empty, *trainer._sizes(empty)).total.backward()
     assert all(parameter.grad is not None for parameter in trainer.model.parameters())
 
 
@@ -178,7 +178,9 @@ def test_mixed_precision_lowers_the_loss(config, tmp_path):
     trainer = Trainer(config.updated(changes), tmp_path)
     images = trainer.batch(0, trainer.curriculum.stage)
     trainer.batch = lambda step, stage: images  # type: ignore[method-assign]
-    losses = [trainer._train_step()["loss"] for _ in range(14)]
+    for _ in range(14):
+        trainer._train_step()
+    losses = [row["loss"] for row in trainer._complete_rows(everything=True)]
     assert losses[-1] < losses[0] / 2
 
 
@@ -196,7 +198,7 @@ def test_mixed_precision_runs_the_network_in_bf16_and_cells_and_loss_in_fp32(con
     trainer = Trainer(config.updated({"precision": "bf16"}), tmp_path)
     batch = trainer.batch(0, trainer.curriculum.stage)
     with Watch():
-        terms = trainer._loss(trainer.model, batch, 2)
+        terms = trainer._loss(trainer.model, batch, *trainer._sizes(batch))
         terms.total.backward()
     bf16, fp32 = {torch.bfloat16}, {torch.float32}
     assert seen["convolution 0"] == seen["addmm 1"] == seen["lstm_gates 0"] == bf16
