@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fastris.backend import use_backend
-    from fastris.errors import InputError
     from fastris.environment import info
+    from fastris.errors import InputError
     from fastris.instances import Instances
     from fastris.loading import load, save
     from fastris.nn.config import ModelConfig

@@ -167,7 +167,7 @@ def spread(scores: Sequence[float], number: int) -> list[tuple[int, str]]:
 def write_figure(
     path: Path, chosen: list[tuple[Sample, str]], model: RecurrentInstanceSegmenter, args: argparse.Namespace
 ) -> None:
-    """The picture of ``--figure``: image, network, CRF if asked for, and ground truth of each sample, with its title."""
+    """The picture of ``--figure``: image, network, CRF if asked, and ground truth of each sample, with its title."""
     from fastris.imageio import write_image
     from fastris.viz import FigureRow, figure_panel
 
