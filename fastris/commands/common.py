@@ -122,9 +122,11 @@ def find_instances(
 
     ``refine=False`` leaves out the CRF of the options.
     """
-    from fastris.crf import NUCLEI, DenseCRF
+    crf = None
+    if args.crf and refine:
+        from fastris.crf import NUCLEI, DenseCRF
 
-    crf = DenseCRF(**NUCLEI) if args.crf and refine else None
+        crf = DenseCRF(**NUCLEI)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         instances = model.predict(
