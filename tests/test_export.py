@@ -28,6 +28,7 @@ MODELS = {
     "dynamic": {},
     "inhibition": {"mask_head": "inhibition"},
     "plants": {"mask_head": "inhibition", "backbone": "plants", "mask_threshold": 0.9},
+    "helped": {"inhibit_found": True, "confidence_attends": True, "dense": True},
     "fine": {"recurrent_stride": 2, "feedback": False, "layers": 1, "confidence_pool": 3},
 }
 
@@ -51,7 +52,8 @@ def random_state(context: tuple[torch.Tensor, ...], config: ModelConfig) -> tupl
 
 
 @pytest.mark.parametrize(
-    ("name", "backend"), [("dynamic", "native"), ("inhibition", "reference"), ("plants", "native"), ("fine", "native")]
+    ("name", "backend"),
+    [(name, "reference" if name == "inhibition" else "native") for name in MODELS],
 )
 def test_programs_compute_what_the_model_does_for_any_batch_and_size(name, backend):
     if backend == "native" and not fastris.backend.has_native("conv2d_same", "cpu"):

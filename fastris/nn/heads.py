@@ -35,8 +35,10 @@ class DynamicMaskHead(nn.Module):
     What the softmax attends to is averaged to one vector per image, which becomes the weights of a filter of two
     1×1 layers over detail features and coordinates relative to the attended place.
 
-    ``forward(hidden, features, detail)`` takes (B, C, h, w), (B, F, h, w) and (B, D, h', w') and gives mask logits
-    (B, h', w') and the log-probabilities (B, h, w) of the place.
+    ``forward(hidden, features, detail, found)`` takes (B, C, h, w), (B, F, h, w), (B, width, h', w') as ``prepare``
+    returns it and, where the head was made for it, (B, ``found_channels``, h, w), None for zeros. It gives mask logits
+    (B, h', w'), the log-probabilities (B, h, w) of the place, and (B, ``attended_channels``) what is there: the hidden
+    state and the features at the place, and the logit of the most likely place before the softmax.
 
     Source of the filter: Tian, Shen & Chen, *Conditional Convolutions for Instance Segmentation*, ECCV 2020.
     """
@@ -44,11 +46,15 @@ class DynamicMaskHead(nn.Module):
     width = 8
     radius = 16.0  # cells of the detail map per unit of the relative coordinates
 
-    def __init__(self, channels: int, feature_channels: int, detail_channels: int) -> None:
+    def __init__(self, channels: int, feature_channels: int, detail_channels: int, found_channels: int = 0) -> None:
         super().__init__()
         inner = 32
+        self.found_channels = found_channels
+        self.attended_channels = channels + feature_channels + 1
         self.place = nn.Sequential(
-            nn.Conv2d(channels + feature_channels, inner, 1), nn.ReLU(inplace=True), nn.Conv2d(inner, 1, 1)
+            nn.Conv2d(channels + feature_channels + found_channels, inner, 1),
+            nn.ReLU(inplace=True),
+            nn.Conv2d(inner, 1, 1),
         )
         self.describe = nn.Sequential(
             nn.Linear(channels + feature_channels, 2 * inner),
@@ -66,9 +72,16 @@ class DynamicMaskHead(nn.Module):
         """The part that is the same at every step: (B, D, h', w') → (B, width, h', w')."""
         return self.detail(detail)
 
-    def forward(self, hidden: Tensor, features: Tensor, detail: Tensor) -> tuple[Tensor, Tensor]:
-        state = torch.cat([hidden, features], dim=1)
-        log_place = spatial_log_softmax(self.place(state).squeeze(1))
+    def forward(
+        self, hidden: Tensor, features: Tensor, detail: Tensor, found: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        state = seen = torch.cat([hidden, features], dim=1)
+        if self.found_channels:
+            if found is None:
+                found = hidden.new_zeros(hidden.shape[0], self.found_channels, *hidden.shape[2:])
+            seen = torch.cat([state, found], dim=1)
+        place = self.place(seen).squeeze(1)
+        log_place = spatial_log_softmax(place)
         attention = log_place.exp().flatten(1)  # [B, hw]
         attended = torch.bmm(state.flatten(2), attention.unsqueeze(2).to(state.dtype)).squeeze(2)  # [B, C + F]
         weights = self.describe(attended)
@@ -87,7 +100,8 @@ class DynamicMaskHead(nn.Module):
         )
         inner = torch.baddbmm(bias_first.unsqueeze(2), first.view(batch, self.width, self.width + 3), inputs).relu()
         logits = torch.baddbmm(bias_second.unsqueeze(2), second.unsqueeze(1), inner)
-        return logits.view(batch, height, width), log_place
+        peak = place.flatten(1).amax(1, keepdim=True)
+        return logits.view(batch, height, width), log_place, torch.cat([attended, peak], dim=1)
 
 
 class ConfidenceHead(nn.Module):
@@ -98,20 +112,34 @@ class ConfidenceHead(nn.Module):
         pool: side of the grid that the state is max-pooled to (2 in the released person network), or 0 for no
             pooling (the released plants network), which needs ``map_size`` = (h, w).
         bias: start value of the bias; the released code uses 10, so that it goes on at first.
+        attended_channels: of what the step looked at, which two further layers read; 0 to do without, as the paper.
 
-    ``forward((B, C, h, w))`` gives logits (B,); the confidence is their sigmoid.
+    ``forward((B, C, h, w), (B, attended_channels) or None)`` gives logits (B,); the confidence is their sigmoid.
     """
 
-    def __init__(self, channels: int, pool: int, map_size: tuple[int, int] | None = None, bias: float = 1.0) -> None:
+    def __init__(
+        self,
+        channels: int,
+        pool: int,
+        map_size: tuple[int, int] | None = None,
+        bias: float = 1.0,
+        attended_channels: int = 0,
+    ) -> None:
         super().__init__()
         self.pool = pool
         cells = pool * pool if pool else map_size[0] * map_size[1] if map_size else 0
         self.linear = nn.Linear(channels * cells, 1)
         nn.init.constant_(self.linear.bias, bias)
+        self.attend: nn.Sequential | None = None
+        if attended_channels:
+            self.attend = nn.Sequential(nn.Linear(attended_channels, 32), nn.ReLU(inplace=True), nn.Linear(32, 1))
 
-    def forward(self, hidden: Tensor) -> Tensor:
+    def forward(self, hidden: Tensor, attended: Tensor | None = None) -> Tensor:
         pooled = grid_max(hidden, self.pool) if self.pool else hidden
-        return self.linear(pooled.flatten(1)).squeeze(1)
+        logits = self.linear(pooled.flatten(1))
+        if self.attend is not None:
+            logits = logits + self.attend(attended)
+        return logits.squeeze(1)
 
 
 def grid_max(maps: Tensor, side: int) -> Tensor:

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastris.nn.dense import DenseMaps, dense_loss, dense_targets
 from fastris.nn.model import RISOutput, to_pixels
 from fastris.ops.assignment import assignment
 from fastris.ops.soft_iou import check_pred_and_target, soft_iou
@@ -35,6 +36,7 @@ class LossTerms(NamedTuple):
     mask: Tensor
     confidence: Tensor
     place: Tensor
+    dense: Tensor
 
 
 def match(
@@ -82,6 +84,7 @@ class RISLoss(nn.Module):
         place_weight: weight of ``−log p(place on the matched object)``, where p is the spatial softmax. 0 in the paper;
             above 0 it makes the choice of *which* object now a decision instead of a hedge.
         per_instance: divide each image's mask and place terms by its n, and its confidence term by T.
+        dense_weight: weight of what a model with ``dense`` maps shows in every cell (:mod:`fastris.nn.dense`).
         resolution: ``"image"``: masks are enlarged to the target's pixels. ``"map"``, the released plants code: the
             target is read at the centres of the masks' cells, which costs less and may overlook small instances.
 
@@ -107,6 +110,7 @@ class RISLoss(nn.Module):
         place_weight: float = 0.0,
         per_instance: bool = False,
         resolution: str = "image",
+        dense_weight: float = 1.0,
     ) -> None:
         super().__init__()
         if resolution not in ("image", "map"):
@@ -118,6 +122,7 @@ class RISLoss(nn.Module):
         self.place_weight = place_weight
         self.per_instance = per_instance
         self.resolution = resolution
+        self.dense_weight = dense_weight
 
     def forward(self, output: RISOutput, target: Tensor, counts: Tensor, num_labels: int | None = None) -> LossTerms:
         batch, steps = output.score_logits.shape
@@ -155,8 +160,27 @@ class RISLoss(nn.Module):
         real = torch.arange(steps, device=counts.device) < counts.unsqueeze(1)
         bce = F.binary_cross_entropy_with_logits(output.score_logits.to(dtype), real.to(dtype), reduction="none")
         confidence = (bce.mean(1) if self.per_instance else bce.sum(1)).mean()
-        total = mask + self.confidence_weight * confidence + self.place_weight * place
-        return LossTerms(total, mask, confidence, place)
+        dense = mask.new_zeros(())
+        if output.dense is not None:
+            dense = _dense_term(output, target, num_labels)
+        total = mask + self.confidence_weight * confidence + self.place_weight * place + self.dense_weight * dense
+        return LossTerms(total, mask, confidence, place, dense)
+
+
+def _dense_term(output: RISOutput, target: Tensor, num_labels: int) -> Tensor:
+    """The loss of both dense maps; of masks (B, G, H, W) the last one that has a pixel counts."""
+    assert output.dense is not None
+    if target.dim() == 4:
+        numbers = torch.arange(1, num_labels + 1, device=target.device).view(1, -1, 1, 1)
+        target = torch.where(target > 0.5, numbers, 0).amax(1) if num_labels else target.new_zeros(target[:, 0].shape)
+    wanted = dense_targets(target, num_labels)
+    total = output.mask_logits.new_zeros((), dtype=torch.float32)
+    for maps, stride in zip(output.dense, (output.place_stride, output.stride), strict=True):
+        size = (maps.offset.shape[-2], maps.offset.shape[-1])
+        here = DenseMaps(*(at_centres(one, stride, output.offset, size) for one in wanted))
+        known = at_centres(target, stride, output.offset, size) >= 0
+        total = total + dense_loss(DenseMaps(*(one.float() for one in maps)), here, known)
+    return total
 
 
 def at_centres(target: Tensor, stride: int, offset: int, size: tuple[int, int]) -> Tensor:

@@ -19,6 +19,7 @@ from fastris.instances import Instances
 from fastris.nn.backbone import Backbone, PlantsFCN, SmallFCN
 from fastris.nn.config import ModelConfig
 from fastris.nn.convlstm import ConvLSTMCell, State
+from fastris.nn.dense import DenseHead, DenseMaps
 from fastris.nn.fcn8s import FCN8s
 from fastris.nn.heads import ConfidenceHead, DynamicMaskHead, SpatialInhibition
 from fastris.ops.conv2d_same import conv2d_same
@@ -41,6 +42,7 @@ class RISOutput(NamedTuple):
         stride: pixels per cell of the masks.
         place_stride: pixels per cell of ``log_place``.
         offset: pixels by which both maps begin above and left of the image.
+        dense: what features and detail show of every cell, at ``place_stride`` and ``stride``; of a ``dense`` model.
     """
 
     mask_logits: Tensor
@@ -49,6 +51,7 @@ class RISOutput(NamedTuple):
     stride: int
     place_stride: int
     offset: int = 0
+    dense: tuple[DenseMaps, DenseMaps] | None = None
 
     @property
     def masks(self) -> Tensor:
@@ -124,10 +127,20 @@ class RecurrentInstanceSegmenter(nn.Module):
         )
         self.mask_head: DynamicMaskHead | SpatialInhibition
         if config.mask_head == "dynamic":
-            self.mask_head = DynamicMaskHead(config.hidden_channels, features, self.backbone.detail_channels)
+            self.mask_head = DynamicMaskHead(
+                config.hidden_channels, features, self.backbone.detail_channels, 2 * int(config.inhibit_found)
+            )
         else:
             self.mask_head = SpatialInhibition(config.hidden_channels, config.inhibition_init)
-        self.confidence_head = ConfidenceHead(config.hidden_channels, config.confidence_pool, config.confidence_map)
+        attended = 0
+        if config.confidence_attends and isinstance(self.mask_head, DynamicMaskHead):
+            attended = self.mask_head.attended_channels
+        self.confidence_head = ConfidenceHead(
+            config.hidden_channels, config.confidence_pool, config.confidence_map, attended_channels=attended
+        )
+        self.dense_heads: Sequence[DenseHead] | None = None
+        if config.dense:
+            self.dense_heads = nn.ModuleList([DenseHead(features), DenseHead(DynamicMaskHead.width)])  # type: ignore[assignment]
         if self.input_size is not None:
             multiple = self.backbone.multiple
             if self.backbone.offset:
@@ -155,14 +168,13 @@ class RecurrentInstanceSegmenter(nn.Module):
         masks, scores, places = (torch.stack(parts, dim=1) for parts in zip(*results, strict=True))
         offset, place_stride = self.backbone.offset, self.backbone.stride
         bottom, right = height + offset, width + offset
-        return RISOutput(
-            masks[..., : -(-bottom // self.stride), : -(-right // self.stride)],
-            scores,
-            places[..., : -(-bottom // place_stride), : -(-right // place_stride)],
-            self.stride,
-            place_stride,
-            offset,
-        )
+        fine = ..., slice(-(-bottom // self.stride)), slice(-(-right // self.stride))
+        coarse = ..., slice(-(-bottom // place_stride)), slice(-(-right // place_stride))
+        dense = None
+        if self.dense_heads is not None:
+            of_features, of_detail = self.dense_heads
+            dense = of_features(context.features[coarse]), of_detail(context.detail[fine])
+        return RISOutput(masks[fine], scores, places[coarse], self.stride, place_stride, offset, dense)
 
     def _initialize_as_released(self) -> None:
         """All after the backbone as in bernard24/RIS, whose gates are two convolutions, each with a bias."""
@@ -233,8 +245,9 @@ class RecurrentInstanceSegmenter(nn.Module):
             states.append(lstm_gates(gates, cell, addend, bias))
         hidden = states[-1][0]
 
+        attended = None
         if isinstance(self.mask_head, DynamicMaskHead):
-            mask_logits, log_place = self.mask_head(hidden, features, detail)
+            mask_logits, log_place, attended = self.mask_head(hidden, features, detail, memory.found)
         else:
             mask_logits, log_place = self.mask_head(hidden)
         found = None
@@ -246,7 +259,7 @@ class RecurrentInstanceSegmenter(nn.Module):
             found = torch.cat([mask, place], dim=1).to(hidden.dtype)
             if memory.found is not None:
                 found = torch.maximum(memory.found, found)
-        return _Step(mask_logits, self.confidence_head(hidden), log_place), _Memory(states, found)
+        return _Step(mask_logits, self.confidence_head(hidden, attended), log_place), _Memory(states, found)
 
     @torch.inference_mode()
     def predict(

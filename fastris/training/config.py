@@ -42,12 +42,13 @@ class TrainConfig:
         warmup: steps.
         gradient_clamp: every element of the gradient is clamped to ± this; 5 in the released code.
         gradient_norm: the whole gradient is scaled to at most this norm; 0 for no limit.
-        loss_variant, loss_resolution, confidence_weight, place_weight, per_instance: see :class:`fastris.RISLoss`.
+        loss_variant, loss_resolution, confidence_weight, place_weight, dense_weight, per_instance: see
+            :class:`fastris.RISLoss`.
         rotation: degrees to either side, uniform; 0 for quarter turns.
         vertical_flip: turn images upside down too, not only left to right.
         jitter: how strongly to change brightness, contrast and gamma; 1 for the transform's own ranges, 0 for not.
         grey_probability, invert_probability: how often colours become grey, and dark and bright change places.
-        precision: "fp32", or "bf16" for mixed precision.
+        precision: "fp32", "bf16" for mixed precision, or "auto": bf16 where the device multiplies it, else fp32.
         cuda_graph: on a GPU with native operators, replay the steps as CUDA graphs; the CPU takes no notice.
         ema: the weights that are validated and saved are an exponential moving average of those trained, with this
             decay a step; 0 for the weights themselves.
@@ -83,6 +84,7 @@ class TrainConfig:
     loss_resolution: str = "image"
     confidence_weight: float = 1.0
     place_weight: float = 0.3
+    dense_weight: float = 1.0
     per_instance: bool = True
     rotation: float = 0.0
     vertical_flip: bool = True
@@ -111,7 +113,7 @@ class TrainConfig:
                 raise InputError(f"{name}: expected a positive number, got {getattr(self, name)}")
         for name in (
             *("seed", "workers", "growth", "plateau", "extra_steps", "warmup", "gradient_norm", "rotation", "jitter"),
-            *("confidence_weight", "place_weight"),
+            *("confidence_weight", "place_weight", "dense_weight"),
         ):
             if getattr(self, name) < 0:
                 raise InputError(f"{name}: expected a number from 0, got {getattr(self, name)}")
@@ -133,7 +135,7 @@ class TrainConfig:
         for name, allowed in (
             ("loss_variant", ("all", "first_n")),
             ("loss_resolution", ("image", "map")),
-            ("precision", ("fp32", "bf16")),
+            ("precision", ("fp32", "bf16", "auto")),
         ):
             if getattr(self, name) not in allowed:
                 raise InputError(f"{name}: expected {' or '.join(allowed)}, got {getattr(self, name)!r}")
@@ -243,7 +245,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "learning_rate": 1.5e-3,
         "grey_probability": 0.2,
         "invert_probability": 0.05,
-        "precision": "bf16",
+        "precision": "auto",
     },
 }
 """Settings by name, as changes to the defaults. ``nuclei`` is what the shipped model was trained with: it departs from

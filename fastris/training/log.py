@@ -57,6 +57,7 @@ class RunLog:
         "mask",
         "confidence",
         "place",
+        "dense",
         "gradient_norm",
         "learning_rate",
         "images_per_second",

@@ -91,6 +91,7 @@ class Trainer:
         self.config = config
         self.out = make_output_directory(out)
         self.device = torch.device(device)
+        self.precision = config.precision if config.precision != "auto" else fastest_precision(self.device)
         self.checkpoints = make_output_directory(self.out / "checkpoints")
         written = list_checkpoints(self.checkpoints)
         if resume and not written:
@@ -110,12 +111,12 @@ class Trainer:
         self.average = AveragedModel(self.model) if config.ema else None
         self.loss = RISLoss(
             config.loss_variant, config.confidence_weight, config.place_weight, config.per_instance,
-            config.loss_resolution,
+            config.loss_resolution, config.dense_weight,
         )  # fmt: skip
         self.optimizer = new_adam(self.model.parameters(), config.learning_rate, self.device)
         graphed = config.cuda_graph and can_be_graphed(self.device) and world_size() == 1
         self._graphed_update = GraphedStep(self._update, self.device) if graphed else None
-        self._readback = Readback(("loss", "mask", "confidence", "place", "gradient_norm"))
+        self._readback = Readback(("loss", "mask", "confidence", "place", "dense", "gradient_norm"))
         most = 0
         if not config.instances[-1]:
             most = max(sample.count for data in (self.train_data, self.validation_data) for sample in data)
@@ -255,7 +256,7 @@ class Trainer:
         self._readback.put(row, values)
 
     def _update(self, batch: Batch, most: int, steps: int, share: float = 1.0) -> Tensor:
-        """One step of the weights without a host sync; (5,): the terms of the loss and the norm of the gradient.
+        """One step of the weights without a host sync; (6,): the terms of the loss and the norm of the gradient.
 
         The batch is this rank's `share` of all images, and the results are those of all.
         """
@@ -288,7 +289,7 @@ class Trainer:
 
     def _loss(self, model: nn.Module, batch: Batch, most: int, steps: int) -> LossTerms:
         images = batch.images.contiguous(memory_format=torch.channels_last)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
             output = model(images, steps)
         return self.loss(output, batch.labels, batch.counts, most)
 
@@ -366,6 +367,15 @@ class Trainer:
             self.curriculum.load_state_dict(state["curriculum"])
         except (KeyError, TypeError, ValueError) as error:
             raise InputError(f"{path / 'state.json'}: damaged: {error!r}") from None
+
+
+def fastest_precision(device: torch.device) -> str:
+    """What ``precision = "auto"`` stands for on a device; a CPU that cannot multiply bf16 takes many times as long."""
+    if device.type == "cuda":
+        multiplies = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        multiplies = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return "bf16" if multiplies else "fp32"
 
 
 @torch.no_grad()

@@ -16,10 +16,17 @@ from fastris.nn import ConfidenceHead, DynamicMaskHead, ModelConfig, SpatialInhi
 TINY = {"feature_channels": 8, "backbone_channels": (8, 8, 8, 8), "hidden_channels": 8}
 
 
-@pytest.fixture(params=["dynamic", "inhibition"])
+MODELS = {
+    "dynamic": {},
+    "inhibition": {"mask_head": "inhibition"},
+    "helped": {"inhibit_found": True, "confidence_attends": True, "dense": True, "layers": 1},
+}
+
+
+@pytest.fixture(params=MODELS)
 def model(request):
     torch.manual_seed(0)
-    return RecurrentInstanceSegmenter(ModelConfig(mask_head=request.param, **TINY)).eval()
+    return RecurrentInstanceSegmenter(ModelConfig(**TINY, **MODELS[request.param])).eval()
 
 
 @pytest.mark.parametrize("size", [(32, 48), (33, 31), (1, 1), (16, 100)])
@@ -52,7 +59,7 @@ def test_the_dynamic_filter_moves_with_the_place_it_attends_to():
         marked[0, :, 3, x] = 50 * head.place[0].weight[:, :4, 0, 0].sum(0).sign()
         with torch.no_grad():
             head.place[2].weight.fill_(1.0)
-        logits, log_place = head(marked, features, detail)
+        logits, log_place, _ = head(marked, features, detail)
         assert log_place.exp()[0, 3, x] > 0.99
         masks.append(logits)
     torch.testing.assert_close(masks[0][:, :, :12], masks[1][:, :, 4:], rtol=1e-4, atol=1e-4)
@@ -72,7 +79,7 @@ def test_a_place_far_from_the_corner_is_exact_in_mixed_precision():
     for x in (75, 150, 199):
         hidden.zero_()[0, :, 3, x] = 50.0
         with torch.autocast("cpu", torch.bfloat16):
-            logits, log_place = head(hidden, features, detail)
+            logits, log_place, _ = head(hidden, features, detail)
         assert log_place.dtype == torch.float32 and log_place.exp()[0, 3, x] > 0.99
         best = logits.float() == logits.max()
         assert best.sum() == 4 and best[0, 6:8, 2 * x : 2 * x + 2].all()
@@ -95,6 +102,45 @@ def test_confidence_pooled_and_unpooled():
     torch.testing.assert_close(unpooled(hidden), unpooled.linear(hidden.flatten(1)).squeeze(1))
 
 
+def test_confidence_reads_what_the_step_looked_at():
+    torch.manual_seed(0)
+    head = ConfidenceHead(4, 2, attended_channels=3)
+    hidden, attended = torch.randn(2, 4, 6, 8), torch.randn(2, 3)
+    expected = head.linear(hidden.unflatten(2, (2, 3)).unflatten(4, (2, 4)).amax((3, 5)).flatten(1))
+    torch.testing.assert_close(head(hidden, attended), (expected + head.attend(attended)).squeeze(1))
+    assert not torch.allclose(head(hidden, attended), head(hidden, -attended))
+
+
+def test_the_dynamic_head_tells_what_is_at_the_place():
+    torch.manual_seed(0)
+    head = DynamicMaskHead(4, 3, 5)
+    hidden, features, detail = torch.randn(2, 4, 8, 8), torch.randn(2, 3, 8, 8), torch.zeros(2, 8, 16, 16)
+    with torch.no_grad():
+        head.place[2].weight.mul_(1e4)  # all attention at one place
+    _, log_place, attended = head(hidden, features, detail)
+    peak = head.place(torch.cat([hidden, features], 1)).flatten(1).amax(1)
+    for b in range(2):
+        there = log_place[b].flatten().argmax()
+        state = torch.cat([hidden[b], features[b]]).flatten(1)[:, there]
+        torch.testing.assert_close(attended[b], torch.cat([state, peak[b : b + 1]]))
+
+
+def test_what_was_found_can_keep_the_next_place_away():
+    torch.manual_seed(0)
+    head = DynamicMaskHead(4, 3, 5, found_channels=2)
+    hidden, features, detail = torch.zeros(1, 4, 8, 8), torch.zeros(1, 3, 8, 8), torch.zeros(1, 8, 16, 16)
+    found = torch.zeros(1, 2, 8, 8)
+    unseen = head(hidden, features, detail)
+    torch.testing.assert_close(head(hidden, features, detail, found), unseen)  # None is zeros
+    with torch.no_grad():
+        head.place[0].weight[:, 7] = -9.0
+        head.place[0].bias.fill_(1.0)
+        head.place[2].weight.fill_(1.0)
+    found[0, 0, 2:4, 2:4] = 1.0
+    place = head(hidden, features, detail, found)[1].exp()[0]
+    assert place[2:4, 2:4].max() < 0.01 * place[0, 0]
+
+
 def test_every_parameter_learns(model):
     labels = torch.zeros(2, 32, 32, dtype=torch.int64)
     labels[:, 4:12, 4:12], labels[0, 20:28, 20:28] = 1, 2
@@ -107,7 +153,7 @@ def test_every_parameter_learns(model):
 def set_confidence(model, per_step):
     """Make the confidence head answer the given logits, one a step."""
     answers = iter(per_step)
-    model.confidence_head.forward = lambda hidden: torch.as_tensor(next(answers), dtype=hidden.dtype)
+    model.confidence_head.forward = lambda hidden, attended: torch.as_tensor(next(answers), dtype=hidden.dtype)
 
 
 def test_each_image_of_a_batch_stops_at_its_own_first_doubt(model):
@@ -188,8 +234,8 @@ def draw_nothing_at_first(model, steps):
     shifts, forward = itertools.cycle([-100.0] + [0.0] * (steps - 1)), model.mask_head.forward
 
     def shifted(*inputs):
-        logits, log_place = forward(*inputs)
-        return (logits - logits.mean()) / logits.std() + next(shifts), log_place
+        logits, *others = forward(*inputs)
+        return (logits - logits.mean()) / logits.std() + next(shifts), *others
 
     model.mask_head.forward = shifted
 
@@ -203,7 +249,11 @@ def test_a_trace_ends_at_the_limit_without_a_stop(model):
 
 @pytest.mark.parametrize(
     "bad",
-    [{"mask_head": "x"}, {"kernel_size": 2}, {"recurrent_stride": 3}, {"confidence_pool": 0}, {"layers": 0}],
+    [
+        *({"mask_head": "x"}, {"kernel_size": 2}, {"recurrent_stride": 3}, {"confidence_pool": 0}, {"layers": 0}),
+        *({name: True, "mask_head": "inhibition"} for name in ("inhibit_found", "confidence_attends", "dense")),
+        {"inhibit_found": True, "feedback": False},
+    ],
 )
 def test_a_configuration_that_cannot_be_is_named(bad):
     with pytest.raises(InputError, match=next(iter(bad)) if "pool" not in next(iter(bad)) else "confidence_map"):

@@ -21,7 +21,7 @@ def test_options_win_over_the_file_and_the_file_over_the_preset(file):
     config = parse("--preset", "nuclei", "--config", file, "--max-steps", 9, "--model.layers", 3, "--seed", 4)
     assert (config.max_steps, config.model.layers, config.seed) == (9, 3, 4)  # options
     assert (config.crop, config.model.hidden_channels) == ((32, 32), 8)  # file
-    assert config.precision == "bf16"  # preset
+    assert config.precision == "auto"  # preset
 
 
 def test_options_read_lists_switches_and_sizes():

@@ -88,7 +88,7 @@ def test_whole_numbers_and_lists_of_a_toml_file_become_what_the_settings_are(tmp
         ({"stage_limit": [1.0, 0.5]}, "stage_limit: expected shares that rise to 1"),
         ({"loss_variant": "last"}, "loss_variant: expected all or first_n, got 'last'"),
         ({"loss_resolution": "half"}, "loss_resolution: expected image or map"),
-        ({"precision": "fp8"}, "precision: expected fp32 or bf16, got 'fp8'"),
+        ({"precision": "fp8"}, "precision: expected fp32 or bf16 or auto, got 'fp8'"),
         ({"grey_probability": 2.0}, "grey_probability: expected a number from 0 to 1"),
         ({"seed": -1}, "seed: expected a number from 0"),
         ({"instances": [0, 2]}, "instances: expected 2 positive numbers"),

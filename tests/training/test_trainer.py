@@ -165,6 +165,15 @@ def test_every_parameter_has_a_gradient_where_no_image_has_an_instance(config, t
     assert all(parameter.grad is not None for parameter in trainer.model.parameters())
 
 
+@pytest.mark.parametrize(("bf16", "amx"), [(False, False), (True, False), (False, True)])
+def test_the_precision_is_the_one_that_the_machine_multiplies(config, tmp_path, monkeypatch, bf16, amx):
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: bf16)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    trainer = Trainer(config.updated({"precision": "auto"}), tmp_path)
+    assert trainer.precision == ("bf16" if bf16 or amx else "fp32")
+    assert Trainer(config.updated({"precision": "bf16"}), tmp_path / "chosen").precision == "bf16"
+
+
 def test_mixed_precision_trains_with_weights_and_moments_in_fp32(config, tmp_path):
     trainer = Trainer(config.updated({"precision": "bf16"}), tmp_path)
     assert trainer.run().is_file()

@@ -1,0 +1,77 @@
+"""What a segmenter's maps are trained to show in every cell: whether it is an object, and where that has its middle.
+
+The steps alone teach the features slowly, as each sees one object. No step reads these outputs, and ``predict`` does
+not compute them.
+
+B = batch, h × w = a map of `stride` pixels a cell.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+UNIT = 32.0
+"""Pixels per unit of the offsets."""
+
+
+class DenseMaps(NamedTuple):
+    """Attributes:
+    foreground: (B, h, w) logits: is it an object?
+    centre: (B, h, w) logits of 1 in the middle of an object, falling to 0 at its border.
+    offset: (B, 2, h, w) y and x from the cell to the middle of its object, in units of 32 pixels.
+    """
+
+    foreground: Tensor
+    centre: Tensor
+    offset: Tensor
+
+
+class DenseHead(nn.Module):
+    """One 1×1 convolution: (B, channels, h, w) → :class:`DenseMaps`."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.read = nn.Conv2d(channels, 4, 1)
+
+    def forward(self, maps: Tensor) -> DenseMaps:
+        read = self.read(maps)
+        return DenseMaps(read[:, 0], read[:, 1], read[:, 2:])
+
+
+def dense_targets(labels: Tensor, num_labels: int) -> DenseMaps:
+    """What the maps should show: of a label map (B, H, W), −1 = void, 0 = background, in every pixel.
+
+    The foreground is 0 or 1, and the centre ``exp(−d² / 2(r/3)²)`` of the distance d to the middle of an object, whose
+    r is the radius of the disk of its area.
+    """
+    batch, height, width = labels.shape
+    index = labels.clamp_min(0).flatten(1).long()
+    y = torch.arange(height, device=labels.device, dtype=torch.float32).view(height, 1).expand(height, width).flatten()
+    x = torch.arange(width, device=labels.device, dtype=torch.float32).expand(height, width).flatten()
+    values = torch.stack([torch.ones_like(x), y, x]).expand(batch, 3, -1)
+    sums = torch.zeros(batch, 3, num_labels + 1, device=labels.device)
+    sums.scatter_add_(2, index.unsqueeze(1).expand(-1, 3, -1), values)
+    area = sums[:, :1].clamp_min(1)
+    middle = sums[:, 1:] / area
+    offset = middle.gather(2, index.unsqueeze(1).expand(-1, 2, -1)) - values[:, 1:]
+    squared = offset.square().sum(1)
+    spread = area.squeeze(1).gather(1, index) / (torch.pi * 9)
+    foreground = (labels > 0).float()
+    centre = torch.exp(-squared / (2 * spread)).view_as(foreground) * foreground
+    return DenseMaps(foreground, centre, (offset / UNIT).view(batch, 2, height, width))
+
+
+def dense_loss(maps: DenseMaps, target: DenseMaps, known: Tensor) -> Tensor:
+    """Binary cross-entropies of foreground and centre, a mean over the cells that are ``known`` (B, h, w), plus the
+    absolute error of the offsets, a mean over the objects' cells."""
+    known = known.to(maps.foreground.dtype)
+    cells = known.sum().clamp_min(1)
+    entropy = F.binary_cross_entropy_with_logits(maps.foreground, target.foreground, reduction="none")
+    entropy = entropy + F.binary_cross_entropy_with_logits(maps.centre, target.centre, reduction="none")
+    on_object = (known * target.foreground).unsqueeze(1)
+    error = (maps.offset - target.offset).abs() * on_object
+    return (entropy * known).sum() / cells + error.sum() / on_object.sum().clamp_min(1)
