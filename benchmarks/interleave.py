@@ -32,7 +32,9 @@ def spread(values: Sequence[float]) -> Spread:
     return Spread(*statistics.quantiles(values, n=4, method="inclusive"))
 
 
-def interleave(calls: Mapping[str, Callable[[], object]], rounds: int, patience: float = 0.5) -> dict[str, Samples]:
+def interleave(
+    calls: Mapping[str, Callable[[], object]], rounds: int, patience: float = 0.5, least: float = 0.005
+) -> dict[str, Samples]:
     """Time every call once a round.
 
     The order rotates from round to round and is reversed in every other one, so that nobody always runs first or
@@ -41,6 +43,9 @@ def interleave(calls: Mapping[str, Callable[[], object]], rounds: int, patience:
     Args:
         calls: contestants by name.
         rounds: how often the quick ones run.
+        least: seconds; a quicker call runs so often in a row that it takes this long, and its sample is the mean. Else its
+            first microseconds, in which caches and branch prediction still know the contestant before it, would weigh
+            more than those of a slow one.
         patience: seconds; what took longer in the first round runs only so often that it takes about this long per
             round on average, but at least three times.
 
@@ -60,9 +65,7 @@ def interleave(calls: Mapping[str, Callable[[], object]], rounds: int, patience:
             for name in reversed(order) if number % 2 else order:
                 if number % every[name]:
                     continue
-                start = time.perf_counter()
-                calls[name]()
-                samples[name][number] = time.perf_counter() - start
+                samples[name][number] = _seconds(calls[name], least)
             if number == 0:
                 seldom = max(1, (rounds - 1) // 2)
                 for name in names:
@@ -71,6 +74,16 @@ def interleave(calls: Mapping[str, Callable[[], object]], rounds: int, patience:
         if collecting:
             gc.enable()
     return samples
+
+
+def _seconds(call: Callable[[], object], least: float) -> float:
+    """The mean of as many calls in a row as take at least so long."""
+    start, calls, elapsed = time.perf_counter(), 0, 0.0
+    while calls == 0 or elapsed < least:
+        call()
+        calls += 1
+        elapsed = time.perf_counter() - start
+    return elapsed / calls
 
 
 def ratio(samples: Samples, base: Samples) -> Spread:
