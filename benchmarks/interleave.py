@@ -43,9 +43,9 @@ def interleave(
     Args:
         calls: contestants by name.
         rounds: how often the quick ones run.
-        least: seconds; a quicker call runs so often in a row that it takes this long, and its sample is the mean. Else its
-            first microseconds, in which caches and branch prediction still know the contestant before it, would weigh
-            more than those of a slow one.
+        least: seconds; a quicker call runs so often in a row that it takes this long, and its sample is the mean. Else
+            its first microseconds, in which caches and branch prediction still know the contestant before it, would
+            weigh more than those of a slow one.
         patience: seconds; what took longer in the first round runs only so often that it takes about this long per
             round on average, but at least three times.
 

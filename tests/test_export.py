@@ -25,10 +25,10 @@ DOCUMENT = Path(__file__).resolve().parent.parent / "docs" / "deployment.md"
 NATIVE = {"fastris.conv2d_same.default", "fastris.lstm_gates.default"}
 TINY = {"feature_channels": 8, "backbone_channels": (8, 8, 8, 8), "hidden_channels": 8}
 MODELS = {
-    "dynamic": {},
+    "dynamic": {"layers": 2},
     "inhibition": {"mask_head": "inhibition"},
     "plants": {"mask_head": "inhibition", "backbone": "plants", "mask_threshold": 0.9},
-    "helped": {"inhibit_found": True, "confidence_attends": True, "dense": True},
+    "plain": {"inhibit_found": False, "confidence_attends": False, "dense": False},
     "fine": {"recurrent_stride": 2, "feedback": False, "layers": 1, "confidence_pool": 3},
 }
 

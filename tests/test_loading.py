@@ -44,6 +44,21 @@ def test_what_was_saved_comes_back(saved):
     assert read_metadata(path) == {"seed": 3}
 
 
+def test_a_file_from_before_a_setting_is_what_it_was(tmp_path):
+    added = {"inhibit_found": False, "confidence_attends": False, "dense": False}
+    path = tmp_path / "old.safetensors"
+    fastris.save(path, RecurrentInstanceSegmenter(ModelConfig(**TINY, **added)))
+
+    def forget(_, header):
+        content = json.loads(header["fastris"])
+        for name in added:
+            del content["config"][name]
+        header["fastris"] = json.dumps(content)
+
+    rewrite(path, forget)
+    assert fastris.load(path).config == ModelConfig(**TINY, **added)
+
+
 def test_nothing_is_left_beside_the_file(saved):
     _, path = saved
     assert [entry.name for entry in path.parent.iterdir()] == [path.name]

@@ -34,10 +34,10 @@ class ModelConfig:
         initialization: of what follows the backbone. ``"default"``, or ``"released"``, the released code's: weights
             uniform in ±0.08, biases of the gates i, f and o around 1, that of the confidence head 10.
         feedback: feed the union of the masks and of the places so far back into the first ConvLSTM layer.
-        inhibit_found: show that union to the choice of the next place, too; with feedback and the dynamic head.
-        confidence_attends: the confidence head sees what is at the place of this step, too; with the dynamic head.
-        dense: train the features to show foreground, centre and offset to the centre in every cell, too; with the
-            dynamic head (see :mod:`fastris.nn.dense`).
+        inhibit_found: show that union to the dynamic head's choice of the next place, too.
+        confidence_attends: the confidence head sees what is at the place that the dynamic head chose, too.
+        dense: with the dynamic head, train the features to show in every cell whether it is an object, and where that
+            has its middle (see :mod:`fastris.nn.dense`).
         max_steps: the most objects that ``predict`` looks for in one image.
         mask_threshold: a pixel belongs to the object where the mask is above this; 0.9 in the released code.
         max_side: ``predict`` looks at a longer image shrunk to this many pixels, and scales the masks back.
@@ -45,12 +45,12 @@ class ModelConfig:
 
     backbone: str = "small"
     feature_channels: int = 48
-    backbone_channels: tuple[int, int, int, int] = (24, 48, 64, 96)
+    backbone_channels: tuple[int, int, int, int] = (32, 64, 96, 128)
     fc_channels: int = 4096
     padding: str = "100"
     dropout: float = 0.5
     hidden_channels: int = 32
-    layers: int = 2
+    layers: int = 1
     kernel_size: int = 3
     recurrent_stride: int = 4
     mask_head: str = "dynamic"
@@ -59,9 +59,9 @@ class ModelConfig:
     confidence_map: tuple[int, int] | None = None
     initialization: str = "default"
     feedback: bool = True
-    inhibit_found: bool = False
-    confidence_attends: bool = False
-    dense: bool = False
+    inhibit_found: bool = True
+    confidence_attends: bool = True
+    dense: bool = True
     max_steps: int = 60
     mask_threshold: float = 0.5
     max_side: int = 1024
@@ -81,11 +81,6 @@ class ModelConfig:
             raise InputError(f"kernel_size: expected an odd number, got {self.kernel_size}")
         if self.confidence_pool == 0 and self.confidence_map is None:
             raise InputError("confidence_map: an unpooled confidence head needs the size of its map")
-        for name in ("inhibit_found", "confidence_attends", "dense"):
-            if getattr(self, name) and self.mask_head != "dynamic":
-                raise InputError(f"{name}: only with mask_head 'dynamic', not {self.mask_head!r}")
-        if self.inhibit_found and not self.feedback:
-            raise InputError("inhibit_found: only with feedback")
         for name in ("dropout", "mask_threshold"):
             if not 0 <= getattr(self, name) < 1:
                 raise InputError(f"{name}: expected a number from 0, below 1, got {getattr(self, name)}")

@@ -53,7 +53,7 @@ def dense_targets(labels: Tensor, num_labels: int) -> DenseMaps:
     y = torch.arange(height, device=labels.device, dtype=torch.float32).view(height, 1).expand(height, width).flatten()
     x = torch.arange(width, device=labels.device, dtype=torch.float32).expand(height, width).flatten()
     values = torch.stack([torch.ones_like(x), y, x]).expand(batch, 3, -1)
-    sums = torch.zeros(batch, 3, num_labels + 1, device=labels.device)
+    sums = torch.zeros(batch, 3, num_labels + 1, device=labels.device, dtype=torch.float32)
     sums.scatter_add_(2, index.unsqueeze(1).expand(-1, 3, -1), values)
     area = sums[:, :1].clamp_min(1)
     middle = sums[:, 1:] / area
@@ -66,12 +66,15 @@ def dense_targets(labels: Tensor, num_labels: int) -> DenseMaps:
 
 
 def dense_loss(maps: DenseMaps, target: DenseMaps, known: Tensor) -> Tensor:
-    """Binary cross-entropies of foreground and centre, a mean over the cells that are ``known`` (B, h, w), plus the
-    absolute error of the offsets, a mean over the objects' cells."""
+    """Of each image, (B,): binary cross-entropies of foreground and centre, means over the cells that are ``known``
+    (B, h, w), plus the absolute error of the offsets, a mean over the cells of objects."""
     known = known.to(maps.foreground.dtype)
-    cells = known.sum().clamp_min(1)
     entropy = F.binary_cross_entropy_with_logits(maps.foreground, target.foreground, reduction="none")
     entropy = entropy + F.binary_cross_entropy_with_logits(maps.centre, target.centre, reduction="none")
-    on_object = (known * target.foreground).unsqueeze(1)
-    error = (maps.offset - target.offset).abs() * on_object
-    return (entropy * known).sum() / cells + error.sum() / on_object.sum().clamp_min(1)
+    error = (maps.offset - target.offset).abs().sum(1)
+    return _mean(entropy, known) + _mean(error, known * target.foreground)
+
+
+def _mean(values: Tensor, weights: Tensor) -> Tensor:
+    """(B, h, w) → (B,), 0 where all weights are."""
+    return (values * weights).sum((1, 2)) / weights.sum((1, 2)).clamp_min(1)

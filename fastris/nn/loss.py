@@ -168,7 +168,7 @@ class RISLoss(nn.Module):
 
 
 def _dense_term(output: RISOutput, target: Tensor, num_labels: int) -> Tensor:
-    """The loss of both dense maps; of masks (B, G, H, W) the last one that has a pixel counts."""
+    """The loss of both dense maps, a mean over images; of masks (B, G, H, W) the last one that has a pixel counts."""
     assert output.dense is not None
     if target.dim() == 4:
         numbers = torch.arange(1, num_labels + 1, device=target.device).view(1, -1, 1, 1)
@@ -179,7 +179,7 @@ def _dense_term(output: RISOutput, target: Tensor, num_labels: int) -> Tensor:
         size = (maps.offset.shape[-2], maps.offset.shape[-1])
         here = DenseMaps(*(at_centres(one, stride, output.offset, size) for one in wanted))
         known = at_centres(target, stride, output.offset, size) >= 0
-        total = total + dense_loss(DenseMaps(*(one.float() for one in maps)), here, known)
+        total = total + dense_loss(DenseMaps(*(one.float() for one in maps)), here, known).mean()
     return total
 
 

@@ -127,9 +127,8 @@ class RecurrentInstanceSegmenter(nn.Module):
         )
         self.mask_head: DynamicMaskHead | SpatialInhibition
         if config.mask_head == "dynamic":
-            self.mask_head = DynamicMaskHead(
-                config.hidden_channels, features, self.backbone.detail_channels, 2 * int(config.inhibit_found)
-            )
+            found = 2 * int(config.feedback and config.inhibit_found)
+            self.mask_head = DynamicMaskHead(config.hidden_channels, features, self.backbone.detail_channels, found)
         else:
             self.mask_head = SpatialInhibition(config.hidden_channels, config.inhibition_init)
         attended = 0
@@ -139,8 +138,9 @@ class RecurrentInstanceSegmenter(nn.Module):
             config.hidden_channels, config.confidence_pool, config.confidence_map, attended_channels=attended
         )
         self.dense_heads: Sequence[DenseHead] | None = None
-        if config.dense:
-            self.dense_heads = nn.ModuleList([DenseHead(features), DenseHead(DynamicMaskHead.width)])  # type: ignore[assignment]
+        if config.dense and isinstance(self.mask_head, DynamicMaskHead):
+            heads = DenseHead(features), DenseHead(self.mask_head.width)
+            self.dense_heads = nn.ModuleList(heads)  # type: ignore[assignment]
         if self.input_size is not None:
             multiple = self.backbone.multiple
             if self.backbone.offset:

@@ -189,6 +189,9 @@ _PAPER: dict[str, Any] = {
         "inhibition_init": 1.0,
         "initialization": "released",
         "feedback": False,
+        "inhibit_found": False,
+        "confidence_attends": False,
+        "dense": False,
         "max_steps": 30,
     },
 }

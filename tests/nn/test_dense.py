@@ -10,7 +10,7 @@ import torch
 from fastris import ModelConfig, RecurrentInstanceSegmenter, RISLoss
 from fastris.nn.dense import UNIT, DenseHead, DenseMaps, dense_loss, dense_targets
 
-TINY = {"feature_channels": 8, "backbone_channels": (8, 8, 8, 8), "hidden_channels": 8, "layers": 1}
+TINY = {"feature_channels": 8, "backbone_channels": (8, 8, 8, 8), "hidden_channels": 8}
 
 
 def make_labels():
@@ -42,15 +42,15 @@ def test_the_loss_is_the_smallest_where_the_maps_show_the_target():
     target, known = dense_targets(labels, 3), labels >= 0
     right = DenseMaps((target.foreground - 0.5) * 40, torch.logit(target.centre, 1e-6), target.offset)
     least = dense_loss(right, target, known)
-    centre = target.centre[known]
-    entropy = -(torch.xlogy(centre, centre) + torch.xlogy(1 - centre, 1 - centre)).mean()
-    assert least.item() == pytest.approx(entropy.item(), abs=1e-4)
+    entropy = -(torch.xlogy(target.centre, target.centre) + torch.xlogy(1 - target.centre, 1 - target.centre))
+    means = torch.stack([entropy[b][known[b]].mean() for b in range(2)])  # what no prediction of a share can avoid
+    torch.testing.assert_close(least, means, rtol=0, atol=1e-4)
     for wrong in (
         right._replace(foreground=right.foreground * 0),
         right._replace(centre=right.centre + 1),
         right._replace(offset=right.offset + 0.1),
     ):
-        assert dense_loss(wrong, target, known) > least + 0.01
+        assert (dense_loss(wrong, target, known) > least + 0.01).all()
 
 
 def test_void_and_background_do_not_count_where_they_should_not():
@@ -67,13 +67,32 @@ def test_void_and_background_do_not_count_where_they_should_not():
 @pytest.mark.parametrize("labels", [torch.zeros(1, 8, 8).long(), torch.full((1, 8, 8), -1)], ids=["empty", "void"])
 def test_an_image_without_objects_or_all_void_has_a_finite_loss(labels):
     maps = DenseHead(5)(torch.randn(1, 5, 8, 8))
-    dense_loss(maps, dense_targets(labels, 0), labels >= 0).backward()
-    assert torch.isfinite(dense_loss(maps, dense_targets(labels, 0), labels >= 0))
+    loss = dense_loss(maps, dense_targets(labels, 0), labels >= 0)
+    loss.sum().backward()
+    assert torch.isfinite(loss).all()
+
+
+def test_targets_do_not_depend_on_the_default_dtype():
+    expected = dense_targets(make_labels(), 3)
+    torch.set_default_dtype(torch.float64)
+    try:
+        torch.testing.assert_close(dense_targets(make_labels(), 3), expected)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_an_image_has_the_same_loss_alone_and_in_a_batch():
+    labels = make_labels()
+    target, maps = dense_targets(labels, 3), DenseHead(5)(torch.randn(2, 5, 9, 12))
+    together = dense_loss(maps, target, labels >= 0)
+    for b in range(2):
+        alone = [DenseMaps(*(one[b : b + 1] for one in parts)) for parts in (maps, target)]
+        torch.testing.assert_close(dense_loss(*alone, labels[b : b + 1] >= 0), together[b : b + 1])
 
 
 def model_output(steps=3):
     torch.manual_seed(0)
-    model = RecurrentInstanceSegmenter(ModelConfig(dense=True, **TINY))
+    model = RecurrentInstanceSegmenter(ModelConfig(**TINY))
     return model(torch.rand(2, 3, 30, 41), steps)
 
 
@@ -103,7 +122,7 @@ def test_the_term_of_the_loss_and_its_weight():
 
 def test_the_maps_learn_what_the_target_is():
     torch.manual_seed(0)
-    model = RecurrentInstanceSegmenter(ModelConfig(dense=True, **TINY))
+    model = RecurrentInstanceSegmenter(ModelConfig(**TINY))
     images, labels = torch.rand(1, 3, 32, 32) * 0.1, torch.zeros(1, 32, 32, dtype=torch.int64)
     labels[0, 4:14, 6:18], labels[0, 18:30, 16:28] = 1, 2
     images += (labels > 0).unsqueeze(1) * 0.8
