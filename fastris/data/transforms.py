@@ -71,9 +71,9 @@ class RandomCrop:
 
     Up to `tries` windows are drawn until one shows between `min_instances` and `max_instances` instances. If
     none does, the one that misses by least is taken; where that one still shows too many,
-    :func:`limit_instances` narrows the view to a smaller window, which is enlarged to `size` (image bilinear,
-    labels nearest). So the limit always holds, and crowded images are seen at a larger scale. `min_instances`
-    is a wish: an image may have none.
+    :func:`limit_instances` narrows the view to a smaller window, which is enlarged (image bilinear, labels nearest)
+    by a random amount, from none to what fills `size`, and padded. So the limit always holds, and crowded images are
+    seen at their own scale as well as at larger ones. `min_instances` is a wish: an image may have none.
 
     An image smaller than `size` is padded at the right and below, as :func:`fastris.data.collate` pads.
 
@@ -121,7 +121,10 @@ class RandomCrop:
         crop = _window(sample, *best, height, width, self.min_area)
         if self.max_instances is None or crop.count <= self.max_instances:
             return crop
-        return _resize(limit_instances(crop, self.max_instances, generator, self.min_area), self.size)
+        narrow = limit_instances(crop, self.max_instances, generator, self.min_area)
+        share = _uniform(0, 1, generator)
+        enlarged = [round(side + share * (most - side)) for side, most in zip(narrow.size, self.size, strict=True)]
+        return _window(_resize(narrow, (enlarged[0], enlarged[1])), 0, 0, height, width, self.min_area)
 
 
 def limit_instances(sample: Sample, n: int, generator: torch.Generator, min_area: int = MIN_AREA) -> Sample:

@@ -36,8 +36,8 @@ class ModelConfig:
         feedback: feed the union of the masks and of the places so far back into the first ConvLSTM layer.
         inhibit_found: show that union to the dynamic head's choice of the next place, too.
         confidence_attends: the confidence head sees what is at the place that the dynamic head chose, too.
-        dense: with the dynamic head, train the features to show in every cell whether it is an object, and where that
-            has its middle (see :mod:`fastris.nn.dense`).
+        dense: train the features to show in every cell whether it is an object, and where that has its middle, which
+            the dynamic head then draws by.
         max_steps: the most objects that ``predict`` looks for in one image.
         mask_threshold: a pixel belongs to the object where the mask is above this; 0.9 in the released code.
         max_side: ``predict`` looks at a longer image shrunk to this many pixels, and scales the masks back.

@@ -1,7 +1,6 @@
 """What a segmenter's maps are trained to show in every cell: whether it is an object, and where that has its middle.
 
-The steps alone teach the features slowly, as each sees one object. No step reads these outputs, and ``predict`` does
-not compute them.
+The steps alone teach the features slowly, as each sees one object.
 
 B = batch, h × w = a map of `stride` pixels a cell.
 """
@@ -14,15 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-UNIT = 32.0
-"""Pixels per unit of the offsets."""
-
 
 class DenseMaps(NamedTuple):
     """Attributes:
     foreground: (B, h, w) logits: is it an object?
     centre: (B, h, w) logits of 1 in the middle of an object, falling to 0 at its border.
-    offset: (B, 2, h, w) y and x from the cell to the middle of its object, in units of 32 pixels.
+    offset: (B, 2, h, w) x and y from the cell to the middle of its object, in some unit.
     """
 
     foreground: Tensor
@@ -42,17 +38,17 @@ class DenseHead(nn.Module):
         return DenseMaps(read[:, 0], read[:, 1], read[:, 2:])
 
 
-def dense_targets(labels: Tensor, num_labels: int) -> DenseMaps:
+def dense_targets(labels: Tensor, num_labels: int, unit: float) -> DenseMaps:
     """What the maps should show: of a label map (B, H, W), −1 = void, 0 = background, in every pixel.
 
-    The foreground is 0 or 1, and the centre ``exp(−d² / 2(r/3)²)`` of the distance d to the middle of an object, whose
-    r is the radius of the disk of its area.
+    The offsets are in units of so many pixels. The foreground is 0 or 1, and the centre ``exp(−d² / 2(r/3)²)`` of the
+    distance d to the middle of an object, whose r is the radius of the disk of its area.
     """
     batch, height, width = labels.shape
     index = labels.clamp_min(0).flatten(1).long()
     y = torch.arange(height, device=labels.device, dtype=torch.float32).view(height, 1).expand(height, width).flatten()
     x = torch.arange(width, device=labels.device, dtype=torch.float32).expand(height, width).flatten()
-    values = torch.stack([torch.ones_like(x), y, x]).expand(batch, 3, -1)
+    values = torch.stack([torch.ones_like(x), x, y]).expand(batch, 3, -1)
     sums = torch.zeros(batch, 3, num_labels + 1, device=labels.device, dtype=torch.float32)
     sums.scatter_add_(2, index.unsqueeze(1).expand(-1, 3, -1), values)
     area = sums[:, :1].clamp_min(1)
@@ -62,7 +58,7 @@ def dense_targets(labels: Tensor, num_labels: int) -> DenseMaps:
     spread = area.squeeze(1).gather(1, index) / (torch.pi * 9)
     foreground = (labels > 0).float()
     centre = torch.exp(-squared / (2 * spread)).view_as(foreground) * foreground
-    return DenseMaps(foreground, centre, (offset / UNIT).view(batch, 2, height, width))
+    return DenseMaps(foreground, centre, (offset / unit).view(batch, 2, height, width))
 
 
 def dense_loss(maps: DenseMaps, target: DenseMaps, known: Tensor) -> Tensor:

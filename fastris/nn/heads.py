@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastris.nn.dense import DenseHead, DenseMaps
+
 
 class SpatialInhibition(nn.Module):
     """The paper's mask head: 1×1 convolution, log-softmax over the whole map, plus one learned scalar.
@@ -33,9 +35,11 @@ class DynamicMaskHead(nn.Module):
     """Choose a place by spatial softmax, then draw the object that is there.
 
     What the softmax attends to is averaged to one vector per image, which becomes the weights of a filter of two
-    1×1 layers over detail features and coordinates relative to the attended place.
+    1×1 layers over detail features and coordinates relative to the attended place. With ``dense``, both maps also tell
+    of every cell where the middle of its object is (:mod:`fastris.nn.dense`), and the filter sees how far that is from
+    the middle that the attended place tells: next to nothing for the cells of the same object.
 
-    ``forward(hidden, features, detail, found)`` takes (B, C, h, w), (B, F, h, w), (B, width, h', w') as ``prepare``
+    ``forward(hidden, features, detail, found)`` takes (B, C, h, w), (B, F, h, w), (B, ·, h', w') as ``prepare``
     returns it and, where the head was made for it, (B, ``found_channels``, h, w), None for zeros. It gives mask logits
     (B, h', w'), the log-probabilities (B, h, w) of the place, and (B, ``attended_channels``) what is there: the hidden
     state and the features at the place, and the logit of the most likely place before the softmax.
@@ -46,11 +50,19 @@ class DynamicMaskHead(nn.Module):
     width = 8
     radius = 16.0  # cells of the detail map per unit of the relative coordinates
 
-    def __init__(self, channels: int, feature_channels: int, detail_channels: int, found_channels: int = 0) -> None:
+    def __init__(
+        self,
+        channels: int,
+        feature_channels: int,
+        detail_channels: int,
+        found_channels: int = 0,
+        dense: bool = False,
+    ) -> None:
         super().__init__()
         inner = 32
         self.found_channels = found_channels
         self.attended_channels = channels + feature_channels + 1
+        self.inputs = self.width + (6 if dense else 3)
         self.place = nn.Sequential(
             nn.Conv2d(channels + feature_channels + found_channels, inner, 1),
             nn.ReLU(inplace=True),
@@ -62,15 +74,27 @@ class DynamicMaskHead(nn.Module):
             nn.Linear(2 * inner, self.num_weights),
         )
         self.detail = nn.Conv2d(detail_channels, self.width, 1)
+        self.dense_features = DenseHead(feature_channels) if dense else None
+        self.dense_detail = DenseHead(self.width) if dense else None
 
     @property
     def num_weights(self) -> int:
-        """Size of the generated filter: (width + 3) → width → 1, with biases."""
-        return (self.width + 3) * self.width + self.width + self.width + 1
+        """Size of the generated filter: inputs → width → 1, with biases."""
+        return self.inputs * self.width + self.width + self.width + 1
 
     def prepare(self, detail: Tensor) -> Tensor:
-        """The part that is the same at every step: (B, D, h', w') → (B, width, h', w')."""
-        return self.detail(detail)
+        """The part that is the same at every step: (B, D, h', w') → (B, width, h', w'), and with ``dense`` two channels
+        more, x and y to the middle of a cell's object."""
+        detail = self.detail(detail)
+        if self.dense_detail is None:
+            return detail
+        return torch.cat([detail, self.dense_detail(detail).offset], dim=1)
+
+    def dense_maps(self, features: Tensor, detail: Tensor) -> tuple[DenseMaps, DenseMaps] | None:
+        """What the features and the prepared detail show of every cell."""
+        if self.dense_features is None or self.dense_detail is None:
+            return None
+        return self.dense_features(features), self.dense_detail(detail[:, : self.width])
 
     def forward(
         self, hidden: Tensor, features: Tensor, detail: Tensor, found: Tensor | None = None
@@ -91,14 +115,15 @@ class DynamicMaskHead(nn.Module):
         grid = _cell_centres(hidden.shape[2], hidden.shape[3], attention) * scale  # [2, hw], in detail cells
         centre = (attention.unsqueeze(1) * grid).sum(2)  # [B, 2]; a matrix product would be rounded under autocast
         offset = (_cell_centres(height, width, attention).unsqueeze(0) - centre.unsqueeze(2)) / self.radius
-        distance = offset.square().sum(1, keepdim=True)
-        relative = torch.cat([offset, distance], dim=1).to(detail.dtype)
-        inputs = torch.cat([detail.flatten(2), relative], dim=1)  # [B, width + 3, h'w']
+        relative = [offset]
+        if self.dense_features is not None:
+            middle = self.dense_features(attended[:, hidden.shape[1] :, None, None]).offset.flatten(2)  # [B, 2, 1]
+            relative.append(offset + detail[:, self.width :].flatten(2) - middle)
+        relative = [part for one in relative for part in (one, one.square().sum(1, keepdim=True))]
+        inputs = torch.cat([detail[:, : self.width].flatten(2), *(part.to(detail.dtype) for part in relative)], dim=1)
 
-        first, bias_first, second, bias_second = weights.split(
-            [(self.width + 3) * self.width, self.width, self.width, 1], 1
-        )
-        inner = torch.baddbmm(bias_first.unsqueeze(2), first.view(batch, self.width, self.width + 3), inputs).relu()
+        first, bias_first, second, bias_second = weights.split([self.inputs * self.width, self.width, self.width, 1], 1)
+        inner = torch.baddbmm(bias_first.unsqueeze(2), first.view(batch, self.width, self.inputs), inputs).relu()
         logits = torch.baddbmm(bias_second.unsqueeze(2), second.unsqueeze(1), inner)
         peak = place.flatten(1).amax(1, keepdim=True)
         return logits.view(batch, height, width), log_place, torch.cat([attended, peak], dim=1)

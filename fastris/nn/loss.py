@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastris.nn.dense import DenseMaps, dense_loss, dense_targets
+from fastris.nn.heads import DynamicMaskHead
 from fastris.nn.model import RISOutput, to_pixels
 from fastris.ops.assignment import assignment
 from fastris.ops.soft_iou import check_pred_and_target, soft_iou
@@ -173,7 +174,7 @@ def _dense_term(output: RISOutput, target: Tensor, num_labels: int) -> Tensor:
     if target.dim() == 4:
         numbers = torch.arange(1, num_labels + 1, device=target.device).view(1, -1, 1, 1)
         target = torch.where(target > 0.5, numbers, 0).amax(1) if num_labels else target.new_zeros(target[:, 0].shape)
-    wanted = dense_targets(target, num_labels)
+    wanted = dense_targets(target, num_labels, DynamicMaskHead.radius * output.stride)
     total = output.mask_logits.new_zeros((), dtype=torch.float32)
     for maps, stride in zip(output.dense, (output.place_stride, output.stride), strict=True):
         size = (maps.offset.shape[-2], maps.offset.shape[-1])

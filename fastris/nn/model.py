@@ -19,7 +19,7 @@ from fastris.instances import Instances
 from fastris.nn.backbone import Backbone, PlantsFCN, SmallFCN
 from fastris.nn.config import ModelConfig
 from fastris.nn.convlstm import ConvLSTMCell, State
-from fastris.nn.dense import DenseHead, DenseMaps
+from fastris.nn.dense import DenseMaps
 from fastris.nn.fcn8s import FCN8s
 from fastris.nn.heads import ConfidenceHead, DynamicMaskHead, SpatialInhibition
 from fastris.ops.conv2d_same import conv2d_same
@@ -128,7 +128,8 @@ class RecurrentInstanceSegmenter(nn.Module):
         self.mask_head: DynamicMaskHead | SpatialInhibition
         if config.mask_head == "dynamic":
             found = 2 * int(config.feedback and config.inhibit_found)
-            self.mask_head = DynamicMaskHead(config.hidden_channels, features, self.backbone.detail_channels, found)
+            detail = self.backbone.detail_channels
+            self.mask_head = DynamicMaskHead(config.hidden_channels, features, detail, found, config.dense)
         else:
             self.mask_head = SpatialInhibition(config.hidden_channels, config.inhibition_init)
         attended = 0
@@ -137,10 +138,6 @@ class RecurrentInstanceSegmenter(nn.Module):
         self.confidence_head = ConfidenceHead(
             config.hidden_channels, config.confidence_pool, config.confidence_map, attended_channels=attended
         )
-        self.dense_heads: Sequence[DenseHead] | None = None
-        if config.dense and isinstance(self.mask_head, DynamicMaskHead):
-            heads = DenseHead(features), DenseHead(self.mask_head.width)
-            self.dense_heads = nn.ModuleList(heads)  # type: ignore[assignment]
         if self.input_size is not None:
             multiple = self.backbone.multiple
             if self.backbone.offset:
@@ -171,9 +168,8 @@ class RecurrentInstanceSegmenter(nn.Module):
         fine = ..., slice(-(-bottom // self.stride)), slice(-(-right // self.stride))
         coarse = ..., slice(-(-bottom // place_stride)), slice(-(-right // place_stride))
         dense = None
-        if self.dense_heads is not None:
-            of_features, of_detail = self.dense_heads
-            dense = of_features(context.features[coarse]), of_detail(context.detail[fine])
+        if isinstance(self.mask_head, DynamicMaskHead):
+            dense = self.mask_head.dense_maps(context.features[coarse], context.detail[fine])
         return RISOutput(masks[fine], scores, places[coarse], self.stride, place_stride, offset, dense)
 
     def _initialize_as_released(self) -> None:

@@ -149,6 +149,18 @@ class TestRandomCrop:
             assert out.image[0][mask].float().std() < 60  # bilinear only at the rim
             assert out.image[2][mask].min() == 255
 
+    def test_a_crowd_is_seen_at_scales_from_its_own_to_what_fills_the_crop(self):
+        sample, crop = checkerboard(24, 4), RandomCrop(64, max_instances=6)
+        shown, squares = [], []
+        for seed in range(60):
+            out = crop(sample, generator(seed))
+            known = out.labels != VOID
+            rows, columns = int(known.any(1).sum()), int(known.any(0).sum())
+            assert known[:rows, :columns].all() and out.image[:, ~known].count_nonzero() == 0
+            shown.append(rows)
+            squares.append(int(torch.bincount(out.labels[known].flatten().long())[1:].max()))
+        assert min(shown) < 30 and max(shown) > 58 and min(squares) < 25 and max(squares) > 80
+
     def test_empty_windows_are_avoided(self):
         labels = np.zeros((256, 256), np.int32)
         labels[100:120, 100:120] = 1

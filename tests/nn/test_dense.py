@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fastris import ModelConfig, RecurrentInstanceSegmenter, RISLoss
-from fastris.nn.dense import UNIT, DenseHead, DenseMaps, dense_loss, dense_targets
+from fastris.nn.dense import DenseHead, DenseMaps, dense_loss, dense_targets
 
 TINY = {"feature_channels": 8, "backbone_channels": (8, 8, 8, 8), "hidden_channels": 8}
 
@@ -22,7 +22,7 @@ def make_labels():
 
 def test_targets_are_those_of_a_loop_over_pixels():
     labels = make_labels()
-    target = dense_targets(labels, 4)
+    target = dense_targets(labels, 4, 32.0)
     for b in range(2):
         for k in range(1, int(labels[b].max()) + 1):
             pixels = (labels[b] == k).nonzero().double()
@@ -30,7 +30,7 @@ def test_targets_are_those_of_a_loop_over_pixels():
             for y, x in pixels.long().tolist():
                 away = middle - torch.tensor([y, x])
                 assert target.foreground[b, y, x] == 1
-                torch.testing.assert_close(target.offset[b, :, y, x], (away / UNIT).float())
+                torch.testing.assert_close(target.offset[b, :, y, x], (away.flip(0) / 32).float())
                 expected = math.exp(-away.square().sum().item() / (2 * (radius / 3) ** 2))
                 assert target.centre[b, y, x].item() == pytest.approx(expected, rel=1e-4)
         nothing = labels[b] <= 0
@@ -39,7 +39,7 @@ def test_targets_are_those_of_a_loop_over_pixels():
 
 def test_the_loss_is_the_smallest_where_the_maps_show_the_target():
     labels = make_labels()
-    target, known = dense_targets(labels, 3), labels >= 0
+    target, known = dense_targets(labels, 3, 32.0), labels >= 0
     right = DenseMaps((target.foreground - 0.5) * 40, torch.logit(target.centre, 1e-6), target.offset)
     least = dense_loss(right, target, known)
     entropy = -(torch.xlogy(target.centre, target.centre) + torch.xlogy(1 - target.centre, 1 - target.centre))
@@ -55,7 +55,7 @@ def test_the_loss_is_the_smallest_where_the_maps_show_the_target():
 
 def test_void_and_background_do_not_count_where_they_should_not():
     labels = make_labels()
-    target, known = dense_targets(labels, 3), labels >= 0
+    target, known = dense_targets(labels, 3, 32.0), labels >= 0
     maps = DenseHead(5)(torch.randn(2, 5, 9, 12))
     loss = dense_loss(maps, target, known)
     void = (labels < 0).float() * 100
@@ -67,23 +67,23 @@ def test_void_and_background_do_not_count_where_they_should_not():
 @pytest.mark.parametrize("labels", [torch.zeros(1, 8, 8).long(), torch.full((1, 8, 8), -1)], ids=["empty", "void"])
 def test_an_image_without_objects_or_all_void_has_a_finite_loss(labels):
     maps = DenseHead(5)(torch.randn(1, 5, 8, 8))
-    loss = dense_loss(maps, dense_targets(labels, 0), labels >= 0)
+    loss = dense_loss(maps, dense_targets(labels, 0, 32.0), labels >= 0)
     loss.sum().backward()
     assert torch.isfinite(loss).all()
 
 
 def test_targets_do_not_depend_on_the_default_dtype():
-    expected = dense_targets(make_labels(), 3)
+    expected = dense_targets(make_labels(), 3, 32.0)
     torch.set_default_dtype(torch.float64)
     try:
-        torch.testing.assert_close(dense_targets(make_labels(), 3), expected)
+        torch.testing.assert_close(dense_targets(make_labels(), 3, 32.0), expected)
     finally:
         torch.set_default_dtype(torch.float32)
 
 
 def test_an_image_has_the_same_loss_alone_and_in_a_batch():
     labels = make_labels()
-    target, maps = dense_targets(labels, 3), DenseHead(5)(torch.randn(2, 5, 9, 12))
+    target, maps = dense_targets(labels, 3, 32.0), DenseHead(5)(torch.randn(2, 5, 9, 12))
     together = dense_loss(maps, target, labels >= 0)
     for b in range(2):
         alone = [DenseMaps(*(one[b : b + 1] for one in parts)) for parts in (maps, target)]

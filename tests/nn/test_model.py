@@ -125,6 +125,34 @@ def test_the_dynamic_head_tells_what_is_at_the_place():
         torch.testing.assert_close(attended[b], torch.cat([state, peak[b : b + 1]]))
 
 
+def test_the_filter_sees_how_far_the_middle_of_a_cell_is_from_the_middle_at_the_place():
+    """It draws minus that distance squared: 0 at the place, and where the cells tell of a middle 3 cells to the right
+    and 2 up, at the cells for which that is the middle which the place tells."""
+    head = DynamicMaskHead(4, 3, 5, dense=True)
+    hidden, features = torch.zeros(1, 4, 8, 8), torch.zeros(1, 3, 8, 8)
+    with torch.no_grad():
+        for parameter in head.parameters():
+            parameter.zero_()
+        filters = head.describe[2].bias
+        filters[head.width + 5] = 1.0
+        filters[head.inputs * head.width + head.width] = -1.0
+        head.place[0].weight[:, 0] = 50.0
+        head.place[2].weight.fill_(1.0)
+    hidden[0, 0, 3, 5] = 1.0  # the place, which covers the cells 6 and 7 by 10 and 11 of the detail
+    peaks = []
+    for dx, dy in ((0.0, 0.0), (3.0, -2.0)):
+        with torch.no_grad():
+            head.dense_detail.read.bias[2:] = torch.tensor([dx, dy]) / head.radius
+            logits = head(hidden, features, head.prepare(torch.zeros(1, 5, 16, 16)))[0][0]
+        peaks.append((logits == logits.max()).nonzero().double().mean(0).tolist())
+        assert logits.max() == pytest.approx(-0.5 / head.radius**2)
+    assert peaks == [[6.5, 10.5], [8.5, 7.5]]
+    with torch.no_grad():  # the features tell the same of the place: all agree again
+        head.dense_features.read.bias[2:] = head.dense_detail.read.bias[2:]
+        logits = head(hidden, features, head.prepare(torch.zeros(1, 5, 16, 16)))[0][0]
+    assert (logits == logits.max()).nonzero().double().mean(0).tolist() == [6.5, 10.5]
+
+
 def test_what_was_found_can_keep_the_next_place_away():
     torch.manual_seed(0)
     head = DynamicMaskHead(4, 3, 5, found_channels=2)
