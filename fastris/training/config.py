@@ -239,23 +239,26 @@ PRESETS: dict[str, dict[str, Any]] = {
     "released-plants": _merged(_PAPER, _PLANTS, _RELEASED, {"loss_resolution": "map"}),
     "released-person": _merged(_PAPER, _PERSON, _RELEASED, {"instances": (2, 4, 10), "frozen": STAGES[:-1]}),
     "nuclei": {
-        "max_steps": 9000,
-        "instances": (3, 9, 20),
-        "crop": (64, 128, 256),
-        "batch_size": (16, 8, 4),
-        "stage_limit": (0.4, 0.83, 1.0),
-        "patience": 6,
-        "learning_rate": 1.5e-3,
+        "max_steps": 6000,
+        "instances": (9, 14, 20),
+        "crop": (128, 192, 256),
+        "batch_size": (8, 6, 4),
+        "stage_limit": (0.4, 0.6, 1.0),
+        "patience": 100,
+        "validate_every": 250,
+        "learning_rate": 2e-3,
         "grey_probability": 0.2,
         "invert_probability": 0.05,
         "precision": "auto",
+        "ema": 0.995,
     },
 }
-"""Settings by name, as changes to the defaults. ``nuclei`` is what the shipped model was trained with: it departs from
-the paper in the place term of the loss, in dividing an image's loss by its instances, in a curriculum of three stages
-with growing crops, and in the architecture (see :class:`~fastris.ModelConfig`). ``paper-plants`` and ``paper-person``
-are Romera-Paredes & Torr, ECCV 2016, ``released-*`` the values of the code that its authors published (bernard24/RIS)
-where those are others. Neither gives numbers for the growing and the plateaus of the curriculum: those are ours."""
+"""Settings by name, as changes to the defaults. ``nuclei`` is for the shipped model, whose card tells how that was
+trained: it departs from the paper in the place term of the loss, in dividing an image's loss by its instances, in a
+curriculum of three stages with growing crops, and in the architecture (see :class:`~fastris.ModelConfig`).
+``paper-plants`` and ``paper-person`` are Romera-Paredes & Torr, ECCV 2016, ``released-*`` the values of the code that
+its authors published (bernard24/RIS) where those are others. Neither gives numbers for the growing and the plateaus of
+the curriculum: those are ours."""
 
 _UNSTATED = {
     *("data", "data_class", "workers", "seed", "max_steps", "crop", "growth", "patience", "plateau", "validate_every"),
