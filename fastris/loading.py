@@ -16,7 +16,7 @@ from fastris.nn.config import ModelConfig
 from fastris.nn.model import RecurrentInstanceSegmenter
 
 HEADER = "fastris"
-_ADDED = {"inhibit_found": False, "confidence_attends": False, "dense": False}
+_ADDED = {"inhibit_found": False, "confidence_attends": False, "dense": False, "hard_place": False}
 """What a model is in whose file a setting is missing, as it was written before there was that setting."""
 
 

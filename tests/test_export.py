@@ -28,7 +28,7 @@ MODELS = {
     "dynamic": {"layers": 2},
     "inhibition": {"mask_head": "inhibition"},
     "plants": {"mask_head": "inhibition", "backbone": "plants", "mask_threshold": 0.9},
-    "plain": {"inhibit_found": False, "confidence_attends": False, "dense": False},
+    "plain": {"inhibit_found": False, "confidence_attends": False, "dense": False, "hard_place": False},
     "fine": {"recurrent_stride": 2, "feedback": False, "layers": 1, "confidence_pool": 3},
 }
 

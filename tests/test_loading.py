@@ -45,7 +45,7 @@ def test_what_was_saved_comes_back(saved):
 
 
 def test_a_file_from_before_a_setting_is_what_it_was(tmp_path):
-    added = {"inhibit_found": False, "confidence_attends": False, "dense": False}
+    added = {"inhibit_found": False, "confidence_attends": False, "dense": False, "hard_place": False}
     path = tmp_path / "old.safetensors"
     fastris.save(path, RecurrentInstanceSegmenter(ModelConfig(**TINY, **added)))
 

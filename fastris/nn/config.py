@@ -36,6 +36,8 @@ class ModelConfig:
         feedback: feed the union of the masks and of the places so far back into the first ConvLSTM layer.
         inhibit_found: show that union to the dynamic head's choice of the next place, too.
         confidence_attends: the confidence head sees what is at the place that the dynamic head chose, too.
+        hard_place: the dynamic head looks at the most likely cell, and not at the mean of all cells. Which that is, it
+            learns by the place term of :class:`~fastris.RISLoss` alone.
         dense: train the features to show in every cell whether it is an object, and where that has its middle, which
             the dynamic head then draws by.
         max_steps: the most objects that ``predict`` looks for in one image.
@@ -62,6 +64,7 @@ class ModelConfig:
     inhibit_found: bool = True
     confidence_attends: bool = True
     dense: bool = True
+    hard_place: bool = True
     max_steps: int = 60
     mask_threshold: float = 0.5
     max_side: int = 1024

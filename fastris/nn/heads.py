@@ -34,8 +34,10 @@ class SpatialInhibition(nn.Module):
 class DynamicMaskHead(nn.Module):
     """Choose a place by spatial softmax, then draw the object that is there.
 
-    What the softmax attends to is averaged to one vector per image, which becomes the weights of a filter of two
-    1×1 layers over detail features and coordinates relative to the attended place. With ``dense``, both maps also tell
+    What is at the place becomes the weights of a filter of two 1×1 layers over detail features and coordinates relative
+    to the place. That is the most likely cell, which draws one object even where several are as likely, and learns
+    only by the place term of :class:`~fastris.RISLoss`; with ``hard_place`` false, it is the mean of all cells by their
+    probability. With ``dense``, both maps also tell
     of every cell where the middle of its object is (:mod:`fastris.nn.dense`), and the filter sees how far that is from
     the middle that the attended place tells: next to nothing for the cells of the same object.
 
@@ -57,9 +59,11 @@ class DynamicMaskHead(nn.Module):
         detail_channels: int,
         found_channels: int = 0,
         dense: bool = False,
+        hard_place: bool = False,
     ) -> None:
         super().__init__()
         inner = 32
+        self.hard_place = hard_place
         self.found_channels = found_channels
         self.attended_channels = channels + feature_channels + 1
         self.inputs = self.width + (6 if dense else 3)
@@ -106,15 +110,20 @@ class DynamicMaskHead(nn.Module):
             seen = torch.cat([state, found], dim=1)
         place = self.place(seen).squeeze(1)
         log_place = spatial_log_softmax(place)
-        attention = log_place.exp().flatten(1)  # [B, hw]
-        attended = torch.bmm(state.flatten(2), attention.unsqueeze(2).to(state.dtype)).squeeze(2)  # [B, C + F]
-        weights = self.describe(attended)
-
         batch, _, height, width = detail.shape
         scale = height // hidden.shape[2]
-        grid = _cell_centres(hidden.shape[2], hidden.shape[3], attention) * scale  # [2, hw], in detail cells
-        centre = (attention.unsqueeze(1) * grid).sum(2)  # [B, 2]; a matrix product would be rounded under autocast
-        offset = (_cell_centres(height, width, attention).unsqueeze(0) - centre.unsqueeze(2)) / self.radius
+        grid = _cell_centres(hidden.shape[2], hidden.shape[3], log_place) * scale  # [2, hw], in detail cells
+        if self.hard_place:
+            chosen = log_place.flatten(1).argmax(1)  # [B]
+            index = chosen.view(-1, 1, 1).expand(-1, state.shape[1], 1)
+            attended = state.flatten(2).gather(2, index).squeeze(2)  # [B, C + F]
+            centre = grid[:, chosen].t()  # [B, 2]
+        else:
+            attention = log_place.exp().flatten(1)  # [B, hw]
+            attended = torch.bmm(state.flatten(2), attention.unsqueeze(2).to(state.dtype)).squeeze(2)
+            centre = (attention.unsqueeze(1) * grid).sum(2)  # a matrix product would be rounded under autocast
+        weights = self.describe(attended)
+        offset = (_cell_centres(height, width, log_place).unsqueeze(0) - centre.unsqueeze(2)) / self.radius
         relative = [offset]
         if self.dense_features is not None:
             middle = self.dense_features(attended[:, hidden.shape[1] :, None, None]).offset.flatten(2)  # [B, 2, 1]

@@ -129,7 +129,9 @@ class RecurrentInstanceSegmenter(nn.Module):
         if config.mask_head == "dynamic":
             found = 2 * int(config.feedback and config.inhibit_found)
             detail = self.backbone.detail_channels
-            self.mask_head = DynamicMaskHead(config.hidden_channels, features, detail, found, config.dense)
+            self.mask_head = DynamicMaskHead(
+                config.hidden_channels, features, detail, found, config.dense, config.hard_place
+            )
         else:
             self.mask_head = SpatialInhibition(config.hidden_channels, config.inhibition_init)
         attended = 0
@@ -251,7 +253,11 @@ class RecurrentInstanceSegmenter(nn.Module):
             mask = mask_logits.detach().sigmoid().unsqueeze(1)
             if mask.shape[-2:] != hidden.shape[-2:]:
                 mask = F.avg_pool2d(mask, self.backbone.stride // self.stride)
-            place = log_place.detach().exp().unsqueeze(1)
+            place = log_place.detach().unsqueeze(1)
+            if isinstance(self.mask_head, DynamicMaskHead) and self.mask_head.hard_place:
+                place = (place == place.amax((2, 3), keepdim=True)).to(mask.dtype)
+            else:
+                place = place.exp()
             found = torch.cat([mask, place], dim=1).to(hidden.dtype)
             if memory.found is not None:
                 found = torch.maximum(memory.found, found)

@@ -127,6 +127,8 @@ class TrainConfig:
         for name in ("backbone_weights", "frozen"):
             if getattr(self, name) and self.model.backbone != "fcn8s":
                 raise InputError(f"{name}: only for model.backbone 'fcn8s', not {self.model.backbone!r}")
+        if not self.place_weight and self.model.mask_head == "dynamic" and self.model.hard_place:
+            raise InputError("place_weight: must be above 0 with model.hard_place, which learns by that term alone")
         unknown = sorted(set(self.frozen) - set(STAGES))
         if unknown:
             raise InputError(f"frozen: expected names of {', '.join(STAGES)}, got {', '.join(unknown)}")
@@ -192,6 +194,7 @@ _PAPER: dict[str, Any] = {
         "inhibit_found": False,
         "confidence_attends": False,
         "dense": False,
+        "hard_place": False,
         "max_steps": 30,
     },
 }

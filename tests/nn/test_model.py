@@ -19,7 +19,7 @@ TINY = {"feature_channels": 8, "backbone_channels": (8, 8, 8, 8), "hidden_channe
 MODELS = {
     "default": {},
     "inhibition": {"mask_head": "inhibition", "layers": 2},
-    "plain": {"inhibit_found": False, "confidence_attends": False, "dense": False, "layers": 2},
+    "plain": {"inhibit_found": False, "confidence_attends": False, "dense": False, "hard_place": False, "layers": 2},
 }
 
 
@@ -151,6 +151,24 @@ def test_the_filter_sees_how_far_the_middle_of_a_cell_is_from_the_middle_at_the_
         head.dense_features.read.bias[2:] = head.dense_detail.read.bias[2:]
         logits = head(hidden, features, head.prepare(torch.zeros(1, 5, 16, 16)))[0][0]
     assert (logits == logits.max()).nonzero().double().mean(0).tolist() == [6.5, 10.5]
+
+
+def test_of_two_places_as_likely_the_hard_one_is_one_of_them():
+    torch.manual_seed(0)
+    hard, soft = (DynamicMaskHead(4, 3, 5, hard_place=hard) for hard in (True, False))
+    soft.load_state_dict(hard.state_dict())
+    with torch.no_grad():
+        for head in (hard, soft):
+            head.place[0].weight.fill_(1.0)
+            head.place[2].weight.fill_(9.0)
+    hidden, features, detail = torch.zeros(2, 4, 8, 8), torch.zeros(2, 3, 8, 8), torch.zeros(2, 8, 16, 16)
+    hidden[0, 0, 2, 2], hidden[0, 1, 6, 7] = 5.0, 5.0
+    hidden[1, 2, 4, 1] = 5.0
+    _, log_place, attended = hard(hidden, features, detail)
+    assert log_place[0].exp()[[2, 6], [2, 7]].tolist() == pytest.approx([0.5, 0.5], abs=1e-4)
+    assert attended[:, :4].tolist() in ([[5.0, 0, 0, 0], [0, 0, 5.0, 0]], [[0, 5.0, 0, 0], [0, 0, 5.0, 0]])
+    assert soft(hidden, features, detail)[2][0, :2].tolist() == pytest.approx([2.5, 2.5], abs=1e-3)
+    torch.testing.assert_close(hard(hidden, features, detail)[0][1], soft(hidden, features, detail)[0][1])
 
 
 def test_what_was_found_can_keep_the_next_place_away():
