@@ -34,12 +34,12 @@ class SpatialInhibition(nn.Module):
 class DynamicMaskHead(nn.Module):
     """Choose a place by spatial softmax, then draw the object that is there.
 
-    What is at the place becomes the weights of a filter of two 1×1 layers over detail features and coordinates relative
-    to the place. That is the most likely cell, which draws one object even where several are as likely, and learns
-    only by the place term of :class:`~fastris.RISLoss`; with ``hard_place`` false, it is the mean of all cells by their
-    probability. With ``dense``, both maps also tell
-    of every cell where the middle of its object is (:mod:`fastris.nn.dense`), and the filter sees how far that is from
-    the middle that the attended place tells: next to nothing for the cells of the same object.
+    The place is the most likely cell, so that one object is drawn where several are as likely; which cell that is, only
+    the place term of :class:`~fastris.RISLoss` teaches. With ``hard_place`` false it is the mean of all cells by their
+    probability. What is there becomes the weights of a filter of two 1×1 layers over detail features and coordinates
+    relative to the place. With ``dense``, both maps also tell of every cell where the middle of its object is
+    (:mod:`fastris.nn.dense`), and the filter sees how far that is from the middle that the place tells: next to
+    nothing for the cells of the same object.
 
     ``forward(hidden, features, detail, found)`` takes (B, C, h, w), (B, F, h, w), (B, ·, h', w') as ``prepare``
     returns it and, where the head was made for it, (B, ``found_channels``, h, w), None for zeros. It gives mask logits
