@@ -194,7 +194,7 @@ def test_the_json_describes_the_graphs_and_the_loop(exported):
             assert {one.name: one.shape for one in values} == shapes
             assert {one.type for one in values} == {"tensor(float)"}
     assert description["graphs"]["features.onnx"]["inputs"] == {"images": ["batch", 3, "height", "width"]}
-    assert description["graphs"]["step.onnx"]["inputs"]["hidden"] == [2, "batch", 32, "rows", "columns"]
+    assert description["graphs"]["step.onnx"]["inputs"]["hidden"] == [1, "batch", 32, "rows", "columns"]
     assert description["loop"]["threshold"] == 0.5 and description["loop"]["max_steps"] == 60
     assert ModelConfig.from_dict(description["model"]) == fastris.load("nuclei").config
 
