@@ -172,7 +172,7 @@ def test_a_step_in_onnxruntime_is_as_exact_as_eager(exported):
     names = [one.name for one in step.get_inputs()]
     model = fastris.load("nuclei")
     with fastris.use_backend("reference"), torch.no_grad():
-        context = Features(model)(torch.rand(2, 3, 48, 80))
+        context = Features(model)(torch.rand(16, 3, 48, 80))  # of two scores one may be right to the last bit
         inputs = (*context, *random_state(context, model.config))
         eager = Step(model)(*inputs)
         exact = Step(model.double())(*(tensor.double() for tensor in inputs))
