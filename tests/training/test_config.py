@@ -90,6 +90,7 @@ def test_whole_numbers_and_lists_of_a_toml_file_become_what_the_settings_are(tmp
         ({"loss_resolution": "half"}, "loss_resolution: expected image or map"),
         ({"precision": "fp8"}, "precision: expected fp32 or bf16 or auto, got 'fp8'"),
         ({"grey_probability": 2.0}, "grey_probability: expected a number from 0 to 1"),
+        ({"place_weight": 0.0}, "place_weight: must be above 0 with model.hard_place"),
         ({"seed": -1}, "seed: expected a number from 0"),
         ({"instances": [0, 2]}, "instances: expected 2 positive numbers"),
         ({"rotation": 181.0}, "rotation: expected at most 180 degrees"),
