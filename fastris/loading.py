@@ -12,12 +12,10 @@ from typing import Any
 import torch
 
 from fastris.errors import InputError
-from fastris.nn.config import ModelConfig
+from fastris.nn.config import PLAIN, ModelConfig
 from fastris.nn.model import RecurrentInstanceSegmenter
 
 HEADER = "fastris"
-_ADDED = {"inhibit_found": False, "confidence_attends": False, "dense": False, "hard_place": False}
-"""What a model is in whose file a setting is missing, as it was written before there was that setting."""
 
 
 def load(name_or_path: str | os.PathLike[str]) -> RecurrentInstanceSegmenter:
@@ -123,7 +121,7 @@ def _read(path: Path) -> tuple[ModelConfig, dict[str, torch.Tensor]]:
 
     header = _header(path)
     try:
-        config = ModelConfig.from_dict({**_ADDED, **header["config"]})
+        config = ModelConfig.from_dict({**PLAIN, **header["config"]})
     except (InputError, TypeError) as error:
         raise InputError(f"{path}: {_one_line(error)}") from None
     try:

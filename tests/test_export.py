@@ -20,6 +20,7 @@ from fastris.commands.demo import sample_pairs
 from fastris.export import Features, Step, export_features, export_onnx, export_step
 from fastris.imageio import read_image
 from fastris.loading import save
+from fastris.nn.config import PLAIN
 
 DOCUMENT = Path(__file__).resolve().parent.parent / "docs" / "deployment.md"
 NATIVE = {"fastris.conv2d_same.default", "fastris.lstm_gates.default"}
@@ -28,7 +29,7 @@ MODELS = {
     "dynamic": {"layers": 2},
     "inhibition": {"mask_head": "inhibition"},
     "plants": {"mask_head": "inhibition", "backbone": "plants", "mask_threshold": 0.9},
-    "plain": {"inhibit_found": False, "confidence_attends": False, "dense": False, "hard_place": False},
+    "plain": PLAIN,
     "fine": {"recurrent_stride": 2, "feedback": False, "layers": 1, "confidence_pool": 3},
 }
 

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 import fastris
 from fastris import InputError, ModelConfig, RecurrentInstanceSegmenter
 from fastris.loading import read_metadata
+from fastris.nn.config import PLAIN
 
 TINY = {"feature_channels": 8, "backbone_channels": (8, 8, 8, 8), "hidden_channels": 8}
 
@@ -45,18 +46,17 @@ def test_what_was_saved_comes_back(saved):
 
 
 def test_a_file_from_before_a_setting_is_what_it_was(tmp_path):
-    added = {"inhibit_found": False, "confidence_attends": False, "dense": False, "hard_place": False}
     path = tmp_path / "old.safetensors"
-    fastris.save(path, RecurrentInstanceSegmenter(ModelConfig(**TINY, **added)))
+    fastris.save(path, RecurrentInstanceSegmenter(ModelConfig(**TINY, **PLAIN)))
 
     def forget(_, header):
         content = json.loads(header["fastris"])
-        for name in added:
+        for name in PLAIN:
             del content["config"][name]
         header["fastris"] = json.dumps(content)
 
     rewrite(path, forget)
-    assert fastris.load(path).config == ModelConfig(**TINY, **added)
+    assert fastris.load(path).config == ModelConfig(**TINY, **PLAIN)
 
 
 def test_nothing_is_left_beside_the_file(saved):

@@ -7,6 +7,9 @@ from typing import Any
 
 from fastris.errors import InputError
 
+PLAIN = {"inhibit_found": False, "confidence_attends": False, "dense": False, "hard_place": False}
+"""A decoder without what helped the shipped model (docs/nuclei.md): the paper's, and that of files from before."""
+
 
 @dataclass(frozen=True)
 class ModelConfig:

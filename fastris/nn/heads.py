@@ -5,6 +5,8 @@ B = batch, C = hidden channels, h × w = recurrent map.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -31,6 +33,23 @@ class SpatialInhibition(nn.Module):
         return log_place + self.scalar, log_place
 
 
+class Drawn(NamedTuple):
+    """An object that a :class:`DynamicMaskHead` drew.
+
+    Attributes:
+        mask_logits: (B, h', w').
+        log_place: (B, h, w) log-probabilities of the spatial softmax.
+        place: (B, h, w) where the head looked: 1 in one cell, or with ``hard_place`` false those probabilities.
+        attended: (B, ``attended_channels``) what is there: the hidden state and the features at the place, and the
+            logit of the most likely place before the softmax.
+    """
+
+    mask_logits: Tensor
+    log_place: Tensor
+    place: Tensor
+    attended: Tensor
+
+
 class DynamicMaskHead(nn.Module):
     """Choose a place by spatial softmax, then draw the object that is there.
 
@@ -42,9 +61,8 @@ class DynamicMaskHead(nn.Module):
     nothing for the cells of the same object.
 
     ``forward(hidden, features, detail, found)`` takes (B, C, h, w), (B, F, h, w), (B, ·, h', w') as ``prepare``
-    returns it and, where the head was made for it, (B, ``found_channels``, h, w), None for zeros. It gives mask logits
-    (B, h', w'), the log-probabilities (B, h, w) of the place, and (B, ``attended_channels``) what is there: the hidden
-    state and the features at the place, and the logit of the most likely place before the softmax.
+    returns it and, where the head was made for it, (B, ``found_channels``, h, w), None for zeros. It gives a
+    :class:`Drawn`.
 
     Source of the filter: Tian, Shen & Chen, *Conditional Convolutions for Instance Segmentation*, ECCV 2020.
     """
@@ -100,28 +118,25 @@ class DynamicMaskHead(nn.Module):
             return None
         return self.dense_features(features), self.dense_detail(detail[:, : self.width])
 
-    def forward(
-        self, hidden: Tensor, features: Tensor, detail: Tensor, found: Tensor | None = None
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, hidden: Tensor, features: Tensor, detail: Tensor, found: Tensor | None = None) -> Drawn:
         state = seen = torch.cat([hidden, features], dim=1)
         if self.found_channels:
             if found is None:
                 found = hidden.new_zeros(hidden.shape[0], self.found_channels, *hidden.shape[2:])
             seen = torch.cat([state, found], dim=1)
-        place = self.place(seen).squeeze(1)
-        log_place = spatial_log_softmax(place)
+        logits = self.place(seen).squeeze(1)
+        log_place = spatial_log_softmax(logits)
+        likely = log_place.flatten(1)  # [B, hw]
+        peak, chosen = logits.flatten(1).max(1, keepdim=True)
+        if self.hard_place:
+            place = (torch.arange(likely.shape[1], device=likely.device) == chosen).to(likely.dtype)
+        else:
+            place = likely.exp()
         batch, _, height, width = detail.shape
         scale = height // hidden.shape[2]
+        attended = torch.bmm(state.flatten(2), place.unsqueeze(2).to(state.dtype)).squeeze(2)  # [B, C + F]
         grid = _cell_centres(hidden.shape[2], hidden.shape[3], log_place) * scale  # [2, hw], in detail cells
-        if self.hard_place:
-            chosen = log_place.flatten(1).argmax(1)  # [B]
-            index = chosen.view(-1, 1, 1).expand(-1, state.shape[1], 1)
-            attended = state.flatten(2).gather(2, index).squeeze(2)  # [B, C + F]
-            centre = grid[:, chosen].t()  # [B, 2]
-        else:
-            attention = log_place.exp().flatten(1)  # [B, hw]
-            attended = torch.bmm(state.flatten(2), attention.unsqueeze(2).to(state.dtype)).squeeze(2)
-            centre = (attention.unsqueeze(1) * grid).sum(2)  # a matrix product would be rounded under autocast
+        centre = (place.unsqueeze(1) * grid).sum(2)  # [B, 2]; a matrix product would be rounded under autocast
         weights = self.describe(attended)
         offset = (_cell_centres(height, width, log_place).unsqueeze(0) - centre.unsqueeze(2)) / self.radius
         relative = [offset]
@@ -133,9 +148,8 @@ class DynamicMaskHead(nn.Module):
 
         first, bias_first, second, bias_second = weights.split([self.inputs * self.width, self.width, self.width, 1], 1)
         inner = torch.baddbmm(bias_first.unsqueeze(2), first.view(batch, self.width, self.inputs), inputs).relu()
-        logits = torch.baddbmm(bias_second.unsqueeze(2), second.unsqueeze(1), inner)
-        peak = place.flatten(1).amax(1, keepdim=True)
-        return logits.view(batch, height, width), log_place, torch.cat([attended, peak], dim=1)
+        mask_logits = torch.baddbmm(bias_second.unsqueeze(2), second.unsqueeze(1), inner).view(batch, height, width)
+        return Drawn(mask_logits, log_place, place.view_as(log_place), torch.cat([attended, peak], dim=1))
 
 
 class ConfidenceHead(nn.Module):

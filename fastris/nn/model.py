@@ -243,22 +243,17 @@ class RecurrentInstanceSegmenter(nn.Module):
             states.append(lstm_gates(gates, cell, addend, bias))
         hidden = states[-1][0]
 
-        attended = None
         if isinstance(self.mask_head, DynamicMaskHead):
-            mask_logits, log_place, attended = self.mask_head(hidden, features, detail, memory.found)
+            mask_logits, log_place, place, attended = self.mask_head(hidden, features, detail, memory.found)
         else:
             mask_logits, log_place = self.mask_head(hidden)
+            place, attended = log_place.exp(), None
         found = None
         if self.config.feedback:
             mask = mask_logits.detach().sigmoid().unsqueeze(1)
             if mask.shape[-2:] != hidden.shape[-2:]:
                 mask = F.avg_pool2d(mask, self.backbone.stride // self.stride)
-            place = log_place.detach().unsqueeze(1)
-            if isinstance(self.mask_head, DynamicMaskHead) and self.mask_head.hard_place:
-                place = (place == place.amax((2, 3), keepdim=True)).to(mask.dtype)
-            else:
-                place = place.exp()
-            found = torch.cat([mask, place], dim=1).to(hidden.dtype)
+            found = torch.cat([mask, place.detach().unsqueeze(1)], dim=1).to(hidden.dtype)
             if memory.found is not None:
                 found = torch.maximum(memory.found, found)
         return _Step(mask_logits, self.confidence_head(hidden, attended), log_place), _Memory(states, found)

@@ -12,6 +12,7 @@ import torch
 
 from fastris import InputError, RecurrentInstanceSegmenter, RISLoss
 from fastris.nn import ConfidenceHead, DynamicMaskHead, ModelConfig, SpatialInhibition
+from fastris.nn.config import PLAIN
 
 TINY = {"feature_channels": 8, "backbone_channels": (8, 8, 8, 8), "hidden_channels": 8}
 
@@ -19,7 +20,7 @@ TINY = {"feature_channels": 8, "backbone_channels": (8, 8, 8, 8), "hidden_channe
 MODELS = {
     "default": {},
     "inhibition": {"mask_head": "inhibition", "layers": 2},
-    "plain": {"inhibit_found": False, "confidence_attends": False, "dense": False, "hard_place": False, "layers": 2},
+    "plain": {**PLAIN, "layers": 2},
 }
 
 
@@ -59,7 +60,7 @@ def test_the_dynamic_filter_moves_with_the_place_it_attends_to():
         marked[0, :, 3, x] = 50 * head.place[0].weight[:, :4, 0, 0].sum(0).sign()
         with torch.no_grad():
             head.place[2].weight.fill_(1.0)
-        logits, log_place, _ = head(marked, features, detail)
+        logits, log_place, *_ = head(marked, features, detail)
         assert log_place.exp()[0, 3, x] > 0.99
         masks.append(logits)
     torch.testing.assert_close(masks[0][:, :, :12], masks[1][:, :, 4:], rtol=1e-4, atol=1e-4)
@@ -79,7 +80,7 @@ def test_a_place_far_from_the_corner_is_exact_in_mixed_precision():
     for x in (75, 150, 199):
         hidden.zero_()[0, :, 3, x] = 50.0
         with torch.autocast("cpu", torch.bfloat16):
-            logits, log_place, _ = head(hidden, features, detail)
+            logits, log_place, *_ = head(hidden, features, detail)
         assert log_place.dtype == torch.float32 and log_place.exp()[0, 3, x] > 0.99
         best = logits.float() == logits.max()
         assert best.sum() == 4 and best[0, 6:8, 2 * x : 2 * x + 2].all()
@@ -117,7 +118,7 @@ def test_the_dynamic_head_tells_what_is_at_the_place():
     hidden, features, detail = torch.randn(2, 4, 8, 8), torch.randn(2, 3, 8, 8), torch.zeros(2, 8, 16, 16)
     with torch.no_grad():
         head.place[2].weight.mul_(1e4)  # all attention at one place
-    _, log_place, attended = head(hidden, features, detail)
+    _, log_place, _, attended = head(hidden, features, detail)
     peak = head.place(torch.cat([hidden, features], 1)).flatten(1).amax(1)
     for b in range(2):
         there = log_place[b].flatten().argmax()
@@ -143,13 +144,13 @@ def test_the_filter_sees_how_far_the_middle_of_a_cell_is_from_the_middle_at_the_
     for dx, dy in ((0.0, 0.0), (3.0, -2.0)):
         with torch.no_grad():
             head.dense_detail.read.bias[2:] = torch.tensor([dx, dy]) / head.radius
-            logits = head(hidden, features, head.prepare(torch.zeros(1, 5, 16, 16)))[0][0]
+            logits = head(hidden, features, head.prepare(torch.zeros(1, 5, 16, 16))).mask_logits[0]
         peaks.append((logits == logits.max()).nonzero().double().mean(0).tolist())
         assert logits.max() == pytest.approx(-0.5 / head.radius**2)
     assert peaks == [[6.5, 10.5], [8.5, 7.5]]
     with torch.no_grad():  # the features tell the same of the place: all agree again
         head.dense_features.read.bias[2:] = head.dense_detail.read.bias[2:]
-        logits = head(hidden, features, head.prepare(torch.zeros(1, 5, 16, 16)))[0][0]
+        logits = head(hidden, features, head.prepare(torch.zeros(1, 5, 16, 16))).mask_logits[0]
     assert (logits == logits.max()).nonzero().double().mean(0).tolist() == [6.5, 10.5]
 
 
@@ -164,11 +165,12 @@ def test_of_two_places_as_likely_the_hard_one_is_one_of_them():
     hidden, features, detail = torch.zeros(2, 4, 8, 8), torch.zeros(2, 3, 8, 8), torch.zeros(2, 8, 16, 16)
     hidden[0, 0, 2, 2], hidden[0, 1, 6, 7] = 5.0, 5.0
     hidden[1, 2, 4, 1] = 5.0
-    _, log_place, attended = hard(hidden, features, detail)
-    assert log_place[0].exp()[[2, 6], [2, 7]].tolist() == pytest.approx([0.5, 0.5], abs=1e-4)
-    assert attended[:, :4].tolist() in ([[5.0, 0, 0, 0], [0, 0, 5.0, 0]], [[0, 5.0, 0, 0], [0, 0, 5.0, 0]])
-    assert soft(hidden, features, detail)[2][0, :2].tolist() == pytest.approx([2.5, 2.5], abs=1e-3)
-    torch.testing.assert_close(hard(hidden, features, detail)[0][1], soft(hidden, features, detail)[0][1])
+    drawn = hard(hidden, features, detail)
+    assert drawn.log_place[0].exp()[[2, 6], [2, 7]].tolist() == pytest.approx([0.5, 0.5], abs=1e-4)
+    assert drawn.place.flatten(1).sum(1).tolist() == [1, 1] and drawn.place[1, 4, 1] == 1
+    assert drawn.attended[:, :4].tolist() in ([[5.0, 0, 0, 0], [0, 0, 5.0, 0]], [[0, 5.0, 0, 0], [0, 0, 5.0, 0]])
+    assert soft(hidden, features, detail).attended[0, :2].tolist() == pytest.approx([2.5, 2.5], abs=1e-3)
+    torch.testing.assert_close(drawn.mask_logits[1], soft(hidden, features, detail).mask_logits[1])
 
 
 def test_what_was_found_can_keep_the_next_place_away():
