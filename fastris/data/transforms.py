@@ -79,6 +79,8 @@ class RandomCrop:
 
     Args:
         size: pixels, (height, width) or one number for both.
+        zoom: scale the window by a random factor, log-uniform between 1/zoom and zoom, but not further down than there
+            is image to see; 1 for none.
         max_instances: the most instances a crop may show; None for no limit.
         min_instances: the fewest that a crop should show.
         tries: windows to draw before settling for less.
@@ -92,8 +94,12 @@ class RandomCrop:
         min_instances: int = 1,
         tries: int = 10,
         min_area: int = MIN_AREA,
+        zoom: float = 1.0,
     ) -> None:
         self.size = (size, size) if isinstance(size, int) else (size[0], size[1])
+        if not 1 <= zoom < math.inf:
+            raise InputError(f"RandomCrop: zoom must be a number from 1, got {zoom}")
+        self.zoom = zoom
         if min(self.size) < 1 or tries < 1 or min_area < 1:
             raise InputError(f"RandomCrop: size, tries and min_area must be positive, got {size}, {tries}, {min_area}")
         if max_instances is not None and max_instances < max(1, min_instances):
@@ -104,8 +110,8 @@ class RandomCrop:
         self.min_area = min_area
 
     def __call__(self, sample: Sample, generator: torch.Generator) -> Sample:
-        height, width = self.size
         rows, columns = sample.size
+        height, width = self._window_size(rows, columns, generator)
         labels = sample.labels.numpy()
         most = math.inf if self.max_instances is None else self.max_instances
         best, best_miss = (0, 0), math.inf
@@ -120,11 +126,22 @@ class RandomCrop:
                 break
         crop = _window(sample, *best, height, width, self.min_area)
         if self.max_instances is None or crop.count <= self.max_instances:
-            return crop
+            if (height, width) == self.size:
+                return crop
+            return _window(_resize(crop, self.size), 0, 0, *self.size, self.min_area)
         narrow = limit_instances(crop, self.max_instances, generator, self.min_area)
         share = _uniform(0, 1, generator)
         enlarged = [round(side + share * (most - side)) for side, most in zip(narrow.size, self.size, strict=True)]
-        return _window(_resize(narrow, (enlarged[0], enlarged[1])), 0, 0, height, width, self.min_area)
+        return _window(_resize(narrow, (enlarged[0], enlarged[1])), 0, 0, *self.size, self.min_area)
+
+    def _window_size(self, rows: int, columns: int, generator: torch.Generator) -> tuple[int, int]:
+        """How much of an image of rows × columns to look at."""
+        height, width = self.size
+        if self.zoom == 1:
+            return height, width
+        factor = math.exp(_uniform(-math.log(self.zoom), math.log(self.zoom), generator))
+        factor = max(factor, min(1, max(height / rows, width / columns)))
+        return max(1, round(height / factor)), max(1, round(width / factor))
 
 
 def limit_instances(sample: Sample, n: int, generator: torch.Generator, min_area: int = MIN_AREA) -> Sample:
@@ -163,9 +180,9 @@ def _resize(sample: Sample, size: tuple[int, int]) -> Sample:
     from PIL import Image
 
     rows, columns = sample.size
-    enlarged = Image.fromarray(sample.image.permute(1, 2, 0).numpy()).resize(size[::-1], Image.Resampling.BILINEAR)
+    scaled = Image.fromarray(sample.image.permute(1, 2, 0).numpy()).resize(size[::-1], Image.Resampling.BILINEAR)
     row, column = np.arange(size[0]) * rows // size[0], np.arange(size[1]) * columns // size[1]
-    return _sample(np.asarray(enlarged).transpose(2, 0, 1).copy(), sample.labels.numpy()[row][:, column], sample.name)
+    return _sample(np.asarray(scaled).transpose(2, 0, 1).copy(), sample.labels.numpy()[row][:, column], sample.name)
 
 
 class Fit:

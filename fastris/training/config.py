@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fastris.errors import InputError
-from fastris.nn.config import ModelConfig
+from fastris.nn.config import PLAIN, ModelConfig
 from fastris.nn.fcn8s import STAGES
 
 
@@ -44,6 +44,7 @@ class TrainConfig:
         gradient_norm: the whole gradient is scaled to at most this norm; 0 for no limit.
         loss_variant, loss_resolution, confidence_weight, place_weight, dense_weight, per_instance: see
             :class:`fastris.RISLoss`.
+        zoom: crops are scaled by a random factor between 1/zoom and zoom; 1 for none.
         rotation: degrees to either side, uniform; 0 for quarter turns.
         vertical_flip: turn images upside down too, not only left to right.
         jitter: how strongly to change brightness, contrast and gamma; 1 for the transform's own ranges, 0 for not.
@@ -86,6 +87,7 @@ class TrainConfig:
     place_weight: float = 0.3
     dense_weight: float = 1.0
     per_instance: bool = True
+    zoom: float = 1.0
     rotation: float = 0.0
     vertical_flip: bool = True
     jitter: float = 1.0
@@ -120,6 +122,8 @@ class TrainConfig:
         for name in ("grey_probability", "invert_probability"):
             if not 0 <= getattr(self, name) <= 1:
                 raise InputError(f"{name}: expected a number from 0 to 1, got {getattr(self, name)}")
+        if self.zoom < 1:
+            raise InputError(f"zoom: expected a factor from 1, got {self.zoom}")
         if self.rotation > 180:
             raise InputError(f"rotation: expected at most 180 degrees to either side, got {self.rotation}")
         if self.image_size is not None and (len(self.image_size) != 2 or min(self.image_size) < 1):
@@ -191,10 +195,7 @@ _PAPER: dict[str, Any] = {
         "inhibition_init": 1.0,
         "initialization": "released",
         "feedback": False,
-        "inhibit_found": False,
-        "confidence_attends": False,
-        "dense": False,
-        "hard_place": False,
+        **PLAIN,
         "max_steps": 30,
     },
 }

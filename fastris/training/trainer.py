@@ -198,7 +198,7 @@ class Trainer:
     def batch(self, step: int, stage: Stage) -> Batch:
         """The training batch of a step."""
         config = self.config
-        view = self._view(stage)
+        view = self._view(stage, self.config.zoom)
         turns: list[Transform] = [RandomFlip(config.vertical_flip), RandomRotation(config.rotation or None)]
         transforms = [view, *turns] if config.image_size is None else [*turns, view]  # what pads comes last
         if config.jitter or config.grey_probability or config.invert_probability:
@@ -212,11 +212,11 @@ class Trainer:
         chosen = torch.randint(len(self.train_data), (stage.batch_size,), generator=generator).tolist()
         return self._collate([transform(self.train_data[index], generator) for index in chosen])
 
-    def _view(self, stage: Stage) -> Transform:
+    def _view(self, stage: Stage, zoom: float = 1.0) -> Transform:
         """What of an image a stage looks at."""
         if self.config.image_size is not None:
             return Fit(self.config.image_size)
-        return RandomCrop(stage.crop, stage.instances or None)
+        return RandomCrop(stage.crop, stage.instances or None, zoom=zoom)
 
     def _collate(self, samples: list[Sample]) -> Batch:
         return collate(samples, multiple=1 if self.config.image_size else 8)

@@ -161,6 +161,35 @@ class TestRandomCrop:
             squares.append(int(torch.bincount(out.labels[known].flatten().long())[1:].max()))
         assert min(shown) < 30 and max(shown) > 58 and min(squares) < 25 and max(squares) > 80
 
+    def test_zoom_shows_less_larger_and_more_smaller(self):
+        sample, crop = checkerboard(8, 16), RandomCrop(64, zoom=2.0)  # 16 squares of 256 pixels at its own scale
+        areas = []
+        for seed in range(60):
+            out = crop(sample, generator(seed))
+            assert out.size == (64, 64) and (out.labels != VOID).all()
+            assert_valid(out, least=8)
+            assert torch.equal(out.image[2], torch.full((64, 64), 255, dtype=torch.uint8))
+            areas.append(int(torch.bincount(out.labels.flatten().long())[1:].max()))
+        assert min(areas) == pytest.approx(64, abs=25) and max(areas) == pytest.approx(1024, rel=0.15)
+        assert 15 < sum(area > 256 for area in areas) < 45
+
+    def test_zoom_does_not_go_beyond_the_image(self):
+        whole = checkerboard(8, 8)
+        for seed in range(20):
+            out = RandomCrop(64, zoom=4.0)(whole, generator(seed))
+            assert (out.labels != VOID).all()
+            areas = torch.bincount(out.labels.flatten().long())[1:]
+            assert areas.max() >= 64  # at its own scale or larger
+        small = RandomCrop(64, zoom=1.5)(checkerboard(2, 8), generator(1))
+        assert 16 <= int((small.labels != VOID).any(0).sum()) <= 24
+
+    @pytest.mark.parametrize("limit", [1, 5])
+    def test_zoomed_crowds_hold_the_limit(self, limit):
+        for seed in range(20):
+            out = RandomCrop((48, 64), max_instances=limit, zoom=1.8)(checkerboard(24, 6), generator(seed))
+            assert out.size == (48, 64) and 1 <= out.count <= limit
+            assert_valid(out, least=8)
+
     def test_empty_windows_are_avoided(self):
         labels = np.zeros((256, 256), np.int32)
         labels[100:120, 100:120] = 1
@@ -172,7 +201,14 @@ class TestRandomCrop:
 
     @pytest.mark.parametrize(
         "arguments",
-        [{"size": 0}, {"size": 8, "tries": 0}, {"size": 8, "max_instances": 0}, {"size": (8, -1)}],
+        [
+            {"size": 0},
+            {"size": 8, "tries": 0},
+            {"size": 8, "max_instances": 0},
+            {"size": (8, -1)},
+            {"size": 8, "zoom": 0.5},
+            {"size": 8, "zoom": float("nan")},
+        ],
     )
     def test_wrong_arguments(self, arguments):
         with pytest.raises(InputError, match="RandomCrop"):

@@ -93,6 +93,7 @@ def test_whole_numbers_and_lists_of_a_toml_file_become_what_the_settings_are(tmp
         ({"place_weight": 0.0}, "place_weight: must be above 0 with model.hard_place"),
         ({"seed": -1}, "seed: expected a number from 0"),
         ({"instances": [0, 2]}, "instances: expected 2 positive numbers"),
+        ({"zoom": 0.9}, "zoom: expected a factor from 1"),
         ({"rotation": 181.0}, "rotation: expected at most 180 degrees"),
         ({"image_size": [32]}, "image_size: expected a height and a width"),
         ({"backbone_weights": "vgg16.pth"}, "backbone_weights: only for model.backbone 'fcn8s', not 'small'"),
