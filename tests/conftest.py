@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # `pytest -n`: threads that wait leave the cores to other processes
+
 import numpy as np
 import pytest
 import torch
