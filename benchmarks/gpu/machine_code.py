@@ -113,10 +113,10 @@ def of_gates() -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], dict[
 
 
 def of_convlstm() -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], dict[str, int]]]:
-    narrow = ("hidden_prev", "weight", "addend", "hidden", "gates", "d_hidden", "d_gates")
+    narrow = ("hidden_prev", "weight", "hidden", "gates", "d_hidden", "d_gates")
     for dtype, size, precision in (("bf16", 2, "ieee"), ("fp32", 4, "tf32")):
         types = {**dict.fromkeys(narrow, f"*{dtype}"), "d_sum": "*fp32"}
-        types |= dict.fromkeys(("cell_prev", "cell", "d_cell", "d_cell_prev"), "*fp32")
+        types |= dict.fromkeys(("addend", "cell_prev", "cell", "d_cell", "d_cell_prev"), "*fp32")
         for channels in (32, 64):
             for backward in (False, True):
                 kernel = convlstm.conv_gates_backward_kernel if backward else convlstm.conv_gates_kernel

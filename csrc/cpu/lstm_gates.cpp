@@ -4,12 +4,12 @@
 namespace fastris {
 namespace {
 
-template <typename T, typename G, typename S>
+template <typename T, typename G, typename S, typename A>
 struct GatesKernel {
   GateRows all;
   const G* gates;
   const S* cell_prev;  // or nullptr: zeros
-  const G* addend;  // or nullptr
+  const A* addend;  // or nullptr
   const T* bias;  // or nullptr
   const T* peephole;  // or nullptr
   G* hidden;
@@ -78,21 +78,22 @@ void lstm_gates_out(
   const GateRows all(gates);
   const GateChecks checks("lstm_gates", gates);
   const ScalarType type = gates.scalar_type(), compute = compute_type(type);
-  checks.like_gates(addend, "addend", type);
+  if (addend) checks.like_gates(addend, "addend", addend->scalar_type());
   checks.like_state(cell_prev, "cell_prev", cell.scalar_type());
   checks.like_state(hidden, "hidden", type);
   checks.like_state(cell, "cell", cell.scalar_type());
   checks.per_channel(bias, "bias", kGates, compute);
   checks.per_channel(peephole, "peephole", kPeepholes, compute);
-  with_gate_types("lstm_gates", type, cell.scalar_type(), [&](auto types) {
+  with_gate_types("lstm_gates", type, cell.scalar_type(), addend, [&](auto types) {
     using T = typename decltype(types)::Compute;
     using G = typename decltype(types)::Gate;
     using S = typename decltype(types)::Cell;
-    const GatesKernel<T, G, S> kernel{
+    using A = typename decltype(types)::Addend;
+    const GatesKernel<T, G, S, A> kernel{
         all,
         static_cast<const G*>(gates.const_data_ptr()),
         data_or_null<S>(cell_prev),
-        data_or_null<G>(addend),
+        data_or_null<A>(addend),
         data_or_null<T>(bias),
         data_or_null<T>(peephole),
         static_cast<G*>(hidden.data_ptr()),

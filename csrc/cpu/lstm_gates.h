@@ -84,9 +84,9 @@ FASTRIS_INLINE void for_vectors(int64_t n, const Step& step) {
 }
 
 // to = from (+ addend), widened.
-template <int Bytes, typename T, typename From>
-FASTRIS_INLINE void load_row(const From* from, const From* addend, int64_t n, T* to) {
-  if constexpr (std::is_same_v<T, From>) {
+template <int Bytes, typename T, typename From, typename Addend = From>
+FASTRIS_INLINE void load_row(const From* from, const Addend* addend, int64_t n, T* to) {
+  if constexpr (std::is_same_v<T, From> && std::is_same_v<T, Addend>) {
     if (n >= VectorOf<T, Bytes>::lanes) {
       if (addend == nullptr) {
         for_vectors<Bytes, T>(n, [&](int64_t i) FASTRIS_INLINE_LAMBDA {
@@ -130,8 +130,8 @@ FASTRIS_INLINE void add_row(const T* from, int64_t n, T* to) {
 }
 
 // The tile's pre-activations of one gate, in the type that is computed with.
-template <int Bytes, typename T, typename G>
-FASTRIS_INLINE void load_gate(const GateTile& tile, int64_t gate, const G* gates, const G* addend, T* to) {
+template <int Bytes, typename T, typename G, typename A>
+FASTRIS_INLINE void load_gate(const GateTile& tile, int64_t gate, const G* gates, const A* addend, T* to) {
   int64_t at = tile.gate_at + gate * tile.length;
   for (int64_t r = 0; r < tile.rows; ++r, at += kGates * tile.length) {
     load_row<Bytes>(gates + at, addend ? addend + at : nullptr, tile.columns, to + r * tile.columns);
@@ -139,8 +139,8 @@ FASTRIS_INLINE void load_gate(const GateTile& tile, int64_t gate, const G* gates
 }
 
 // Asks for what the next tile reads while this one is computed: its x-th vector of each gate.
-template <int Bytes, typename G>
-FASTRIS_INLINE void prefetch_gates(const GateTile& next, int64_t x, const G* gates, const G* addend) {
+template <int Bytes, typename G, typename A>
+FASTRIS_INLINE void prefetch_gates(const GateTile& next, int64_t x, const G* gates, const A* addend) {
   constexpr int64_t lanes = Bytes / static_cast<int64_t>(sizeof(float));
   const bool whole_rows = next.columns == next.length;  // then the four gates are one piece of memory
   for (int64_t k = 0; k < kGates; ++k) {
@@ -163,9 +163,9 @@ FASTRIS_INLINE void spread_over(const GateRows& all, const GateTile& tile, const
 }
 
 // Everything a tile has of its pre-activations, and its peepholes. `spread` is a buffer that may hold anything.
-template <int Bytes, typename T, typename G>
+template <int Bytes, typename T, typename G, typename A>
 FASTRIS_INLINE void load_gates(
-    const GateRows& all, const GateTile& tile, const G* gates, const G* addend, const T* bias, const T* peephole, T* spread,
+    const GateRows& all, const GateTile& tile, const G* gates, const A* addend, const T* bias, const T* peephole, T* spread,
     GateBuffer<T>* gate, GateBuffer<T>* weight) {
   for (int64_t k = 0; k < kGates; ++k) {
     load_gate<Bytes>(tile, k, gates, addend, gate[k].at);
@@ -321,28 +321,36 @@ inline ScalarType compute_type(ScalarType type) {
   return type == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
-// The types computed with, of the gates, and of the cell.
-template <typename T, typename G, typename S>
+// The types computed with, of the gates, of the cell, and of the addend.
+template <typename T, typename G, typename S, typename A>
 struct GateTypes {
   using Compute = T;
   using Gate = G;
   using Cell = S;
+  using Addend = A;
 };
+
+template <typename H, typename Run>
+void with_half_types(bool wide_cell, bool wide_addend, const Run& run) {
+  if (wide_addend) return wide_cell ? run(GateTypes<float, H, float, float>()) : run(GateTypes<float, H, H, float>());
+  return wide_cell ? run(GateTypes<float, H, float, H>()) : run(GateTypes<float, H, H, H>());
+}
 
 // Calls run with the GateTypes.
 template <typename Run>
-void with_gate_types(const char* operation, ScalarType gates, ScalarType cell, const Run& run) {
-  FASTRIS_CHECK(
-      cell == gates || (cell == ScalarType::Float && gates != ScalarType::Double), operation,
-      ": the cell must be in the dtype of the gates, or float32");
-  const bool wide = cell != gates;
+void with_gate_types(
+    const char* operation, ScalarType gates, ScalarType cell, const std::optional<Tensor>& addend, const Run& run) {
+  const auto fits = [&](ScalarType type) {
+    return type == gates || (type == ScalarType::Float && gates != ScalarType::Double);
+  };
+  FASTRIS_CHECK(fits(cell), operation, ": the cell must be in the dtype of the gates, or float32");
+  const ScalarType added = addend ? addend->scalar_type() : gates;
+  FASTRIS_CHECK(fits(added), operation, ": addend must be in the dtype of the gates, or float32");
   switch (gates) {
-    case ScalarType::Double: return run(GateTypes<double, double, double>());
-    case ScalarType::Float: return run(GateTypes<float, float, float>());
-    case ScalarType::BFloat16:
-      return wide ? run(GateTypes<float, BFloat16, float>()) : run(GateTypes<float, BFloat16, BFloat16>());
-    case ScalarType::Half:
-      return wide ? run(GateTypes<float, Half, float>()) : run(GateTypes<float, Half, Half>());
+    case ScalarType::Double: return run(GateTypes<double, double, double, double>());
+    case ScalarType::Float: return run(GateTypes<float, float, float, float>());
+    case ScalarType::BFloat16: return with_half_types<BFloat16>(cell != gates, added != gates, run);
+    case ScalarType::Half: return with_half_types<Half>(cell != gates, added != gates, run);
     default: FASTRIS_CHECK(false, operation, ": gates must be floating");
   }
 }

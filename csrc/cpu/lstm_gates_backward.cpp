@@ -4,12 +4,12 @@
 namespace fastris {
 namespace {
 
-template <typename T, typename G, typename S>
+template <typename T, typename G, typename S, typename A>
 struct GatesBackwardKernel {
   GateRows all;
   const G* gates;  // may be d_gates: a tile is read before it is written
   const S* cell_prev;  // or nullptr: zeros
-  const G* addend;  // or nullptr
+  const A* addend;  // or nullptr
   const T* bias;  // or nullptr
   const T* peephole;  // or nullptr
   const G* d_hidden;  // or nullptr: zeros
@@ -114,7 +114,7 @@ void lstm_gates_backward_out(
   for (const std::optional<Tensor>& state : {cell_prev, d_cell, d_cell_prev}) {
     if (state) cell = state->scalar_type();
   }
-  checks.like_gates(addend, "addend", type);
+  if (addend) checks.like_gates(addend, "addend", addend->scalar_type());
   checks.like_gates(d_gates, "d_gates", type);
   checks.like_gates(d_sum, "d_sum", compute);
   checks.like_state(cell_prev, "cell_prev", cell);
@@ -123,15 +123,16 @@ void lstm_gates_backward_out(
   checks.like_state(d_cell_prev, "d_cell_prev", cell);
   checks.per_channel(bias, "bias", kGates, compute);
   checks.per_channel(peephole, "peephole", kPeepholes, compute);
-  with_gate_types(operation, type, cell, [&](auto types) {
+  with_gate_types(operation, type, cell, addend, [&](auto types) {
     using T = typename decltype(types)::Compute;
     using G = typename decltype(types)::Gate;
     using S = typename decltype(types)::Cell;
-    const GatesBackwardKernel<T, G, S> kernel{
+    using A = typename decltype(types)::Addend;
+    const GatesBackwardKernel<T, G, S, A> kernel{
         all,
         static_cast<const G*>(gates.const_data_ptr()),
         data_or_null<S>(cell_prev),
-        data_or_null<G>(addend),
+        data_or_null<A>(addend),
         data_or_null<T>(bias),
         data_or_null<T>(peephole),
         data_or_null<G>(d_hidden),

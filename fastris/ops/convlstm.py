@@ -81,9 +81,12 @@ class _Layer:
 
     @property
     def hoisted(self) -> Tensor:
-        """The part of the pre-activations that is the same at every step of a constant x."""
+        """The part of the pre-activations that is the same at every step of a constant x, in the dtype computed with:
+        rounded to half, it would have the same error at all of them."""
         if self._hoisted is None:
-            self._hoisted = self.of_x.forward(self.x, self.bias)
+            dtype = compute_dtype(self.x.dtype)
+            convolution = SameConvolution(self.of_x.weight.to(dtype), self.dilation)
+            self._hoisted = convolution.forward(self.x.to(dtype), None if self.bias is None else self.bias.to(dtype))
         return self._hoisted
 
     def kept_steps(self, memory: str) -> range:
@@ -103,7 +106,9 @@ class _Layer:
         """Pre-activations of a step in two addends, the second one hoisted."""
         moving = self.moving(t, previous)
         if moving is None:
-            return self.hoisted, None
+            if self.hoisted.dtype == self.x.dtype:
+                return self.hoisted, None
+            return (self.of_x.room(self.x, 4 * self.channels) if room is None else room).zero_(), self.hoisted
         if self.constant:
             return self.of_h.forward(moving, None, room), self.hoisted
         return (self.of_x if previous is None else self.of_both).forward(moving, self.bias, room), None
@@ -124,7 +129,7 @@ class _Layer:
     ) -> Tensor | None:
         """Write the next state, and give the pre-activations, which a fused step has only if it is to keep them."""
         if self.fused is not None and hidden is not None:
-            gates = torch.empty_like(self.hoisted) if keep else None
+            gates = torch.empty_like(self.hoisted, dtype=self.x.dtype) if keep else None
             self.fused.conv_gates_out(
                 hidden,
                 self.packed,

@@ -17,7 +17,8 @@ from fastris.reference.lstm_gates import lstm_gates_backward
 # Schema. The gradients of a bias and of peepholes are empty where there are none. The `_out` operators write into
 # memory that the caller has: they serve the sequence, which uses the same memory at every step. There cell_prev may be
 # None (zeros), d_gates may be gates, d_cell_prev may be d_cell, and d_sum, in the dtype computed with, has d_gates
-# added to it. All their tensors are dense and in one layout, bias and peephole in the dtype computed with.
+# added to it. All their tensors are dense and in one layout, bias and peephole in the dtype computed with, in which
+# cell and addend may be beside half gates.
 
 _library = torch.library.Library("fastris", "FRAGMENT")
 _library.define(

@@ -41,9 +41,9 @@ def test_conv_gates(
 ) -> None:
     kernel = kernels.conv_gates_kernel if direction == "forward" else kernels.conv_gates_backward_kernel
     types = {
-        **dict.fromkeys(("hidden_prev", "weight", "addend", "hidden", "gates", "d_hidden", "d_gates"), f"*{dtype}"),
+        **dict.fromkeys(("hidden_prev", "weight", "hidden", "gates", "d_hidden", "d_gates"), f"*{dtype}"),
         **dict.fromkeys(("cell_prev", "cell", "d_cell", "d_cell_prev"), f"*{state}"),
-        **dict.fromkeys(("bias", "peephole", "d_sum"), "*fp32"),
+        **dict.fromkeys(("addend", "bias", "peephole", "d_sum"), "*fp32"),
     }
     missing = OPTIONAL.intersection(kernel.arg_names) if given == "some" else set()
     tile = kernels.tile_of(channels, BYTES[dtype], precision, given == "all", direction == "backward")

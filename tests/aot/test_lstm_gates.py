@@ -35,8 +35,8 @@ def test_lstm_gates(
 ) -> None:
     kernel = kernels.lstm_gates_kernel if direction == "forward" else kernels.lstm_gates_backward_kernel
     types = {
-        **dict.fromkeys(("gates", "addend", "hidden", "d_hidden", "d_gates"), f"*{gates}"),
-        **dict.fromkeys(("cell_prev", "cell", "d_cell", "d_cell_prev"), f"*{state}"),
+        **dict.fromkeys(("gates", "hidden", "d_hidden", "d_gates"), f"*{gates}"),
+        **dict.fromkeys(("cell_prev", "addend", "cell", "d_cell", "d_cell_prev"), f"*{state}"),
         **dict.fromkeys(("bias", "peephole"), "*fp32"),
         "d_sum": "*fp64" if gates == "fp64" else "*fp32",
     }

@@ -99,8 +99,9 @@ for shape, size, dilation in cases():
     bias = torch.randn(4 * channels, device=device)
     peephole = torch.randn(3 * channels, device=device)
     narrow = state.to(dtype)
+    wide_addend = channels_last(*gate_shape, dtype=torch.float32)
     for cell_prev, addend, bias, peephole, d_hidden, d_cell, d_sum in (
-        (state.clone(), channels_last(*gate_shape), bias, peephole, narrow, state.clone(), torch.float32),
+        (state.clone(), wide_addend, bias, peephole, narrow, state.clone(), torch.float32),
         (narrow.clone(), channels_last(*gate_shape), bias.to(dtype), None, narrow, None, dtype),
         (None, None, None, None, None, narrow.clone(), None),
     ):

@@ -141,9 +141,6 @@ def test_no_worse_than_eager(dtype: torch.dtype, cell: torch.dtype, constant: bo
     no_worse_than_eager(*case.three_ways(), recurrence=True)
 
 
-HOISTED = pytest.mark.xfail(strict=False, reason="the hoisted part is rounded to half: one error at all 30 steps")
-
-
 @NEEDS_EXTENSION
 @pytest.mark.parametrize(
     ("dtype", "constant", "steps"),
@@ -154,7 +151,8 @@ HOISTED = pytest.mark.xfail(strict=False, reason="the hoisted part is rounded to
         (torch.bfloat16, True, 5),
         (torch.float16, True, 5),
         (torch.float16, False, 30),
-        pytest.param(torch.float16, True, 30, marks=HOISTED),
+        (torch.float16, True, 30),
+        (torch.bfloat16, True, 30),
     ],
 )
 def test_no_worse_than_eager_from_zero(

@@ -414,7 +414,8 @@ def test_nothing_past_the_results_is_written(layout: torch.memory_format) -> Non
 
         for gates_dtype, cell_dtype in DTYPES:
             values = arguments_of(shape, gates_dtype, cell_dtype, ("addend",), layout)
-            gates, cell_prev, addend = (None if one is None else one.detach() for one in values[:3])
+            gates, cell_prev, addend = (one.detach() for one in values[:3] if one is not None)
+            addend = addend.to(cell_dtype)  # fp32 beside half gates, too
             (hidden, memory_1), (cell, memory_2) = guarded(channels, gates_dtype), guarded(channels, cell_dtype)
             torch.ops.fastris.lstm_gates_out(gates, cell_prev, addend, None, None, hidden, cell)
             compute = torch.float64 if gates_dtype == torch.float64 else torch.float32
@@ -435,13 +436,16 @@ def test_nothing_past_the_results_is_written(layout: torch.memory_format) -> Non
 
 @NEEDS_EXTENSION
 @pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("wide_addend", [False, True])
 @pytest.mark.parametrize(("gates_dtype", "cell_dtype"), DTYPES)
 def test_a_missing_cell_is_zeros_and_memory_may_be_used_again(
-    gates_dtype: torch.dtype, cell_dtype: torch.dtype, layout: torch.memory_format
+    gates_dtype: torch.dtype, cell_dtype: torch.dtype, wide_addend: bool, layout: torch.memory_format
 ) -> None:
     shape = (2, 19, 5, 7)
     values = arguments_of(shape, gates_dtype, cell_dtype, ("addend",), layout)
     gates, cell_prev, addend = (one.detach() for one in values[:3] if one is not None)
+    if wide_addend:
+        addend = addend.to(torch.promote_types(gates_dtype, torch.float32))
     zeros = torch.zeros_like(cell_prev)
     results = []
     for previous in (None, zeros):
@@ -735,6 +739,7 @@ def test_the_kernel_itself_refuses_what_would_be_unsafe(operator: str, names: li
         ({"hidden": torch.zeros(2, 2, 3, 4).half()}, "hidden has the wrong dtype"),
         ({"cell_prev": torch.zeros(2, 3, 3, 4)}, "cell_prev must have 2 channels"),
         ({"addend": torch.zeros(2, 8, 4, 3)}, "addend must have 8 channels"),
+        ({"addend": torch.zeros(2, 8, 3, 4).half()}, "addend must be in the dtype of the gates, or float32"),
         ({"bias": torch.zeros(7)}, r"bias must be contiguous \(8\)"),
         ({"peephole": torch.zeros(6).bfloat16()}, r"peephole must be contiguous \(6\), in the dtype computed with"),
         ({"cell": torch.zeros(2, 3, 4, 2).permute(0, 3, 1, 2)}, "cell must be dense in the layout of the gates"),
