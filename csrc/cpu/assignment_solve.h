@@ -31,6 +31,7 @@ void solve_images_avx512(const AssignmentBatch<T>& batch, int64_t begin, int64_t
 namespace {
 
 constexpr int64_t kCacheLine = 64;  // bytes; lanes that straddle two lines cost twice
+constexpr int64_t kSecondLevel = int64_t{1} << 18;  // bytes of cache that a matrix may take
 constexpr int64_t kMostLanes = 128;
 
 // Scratch for any matrix of a batch with any number of lanes: what the solver needs, then the packed costs.
@@ -40,6 +41,16 @@ inline int64_t solver_bytes(int64_t n, int64_t m) {
 template <typename T>
 int64_t scratch_bytes(int64_t n, int64_t m) {
   return solver_bytes(n, m) + n * round_up(m, kMostLanes) * static_cast<int64_t>(sizeof(T));
+}
+
+// Asks for a whole matrix in the order in which it lies in memory: what reads its columns side by side jumps, which the
+// processor's own prefetcher follows badly.
+template <typename T>
+FASTRIS_INLINE void fetch(const CostView<T>& cost, int64_t n, int64_t m) {
+  constexpr int64_t size = sizeof(T), line = kCacheLine / size;
+  const int64_t length = m * cost.col_stride;
+  if (cost.row_stride != 1 || cost.col_stride > 2 * n || length * size > kSecondLevel) return;
+  for (int64_t i = 0; i < length; i += line) __builtin_prefetch(cost.data + i, 0, 2);
 }
 
 template <int N, typename T>
@@ -58,6 +69,7 @@ FASTRIS_INLINE int32_t solve_image(const AssignmentBatch<T>& batch, int64_t b, c
   const Packed<T> packed{costs, round_up(m, N < 8 ? 8 : N), n, m};
   using Lanes = VectorLanes<N>;
   const AssignmentWorkspace<typename Lanes::Index> work(scratch, round_up(n, N), packed.row_length);
+  fetch(as_solved, n, m);
   const int64_t settled = settle_greedily(as_solved, n, m, work);
   int32_t status = 0;
   if (settled < n) {
