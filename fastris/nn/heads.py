@@ -110,7 +110,7 @@ class DynamicMaskHead(nn.Module):
         detail = self.detail(detail)
         if self.dense_detail is None:
             return detail
-        return torch.cat([detail, self.dense_detail(detail).offset], dim=1)
+        return torch.cat([detail, self.dense_detail(detail).offset], dim=1).contiguous()
 
     def dense_maps(self, features: Tensor, detail: Tensor) -> tuple[DenseMaps, DenseMaps] | None:
         """What the features and the prepared detail show of every cell."""
@@ -119,37 +119,48 @@ class DynamicMaskHead(nn.Module):
         return self.dense_features(features), self.dense_detail(detail[:, : self.width])
 
     def forward(self, hidden: Tensor, features: Tensor, detail: Tensor, found: Tensor | None = None) -> Drawn:
-        state = seen = torch.cat([hidden, features], dim=1)
-        if self.found_channels:
-            if found is None:
-                found = hidden.new_zeros(hidden.shape[0], self.found_channels, *hidden.shape[2:])
-            seen = torch.cat([state, found], dim=1)
-        logits = self.place(seen).squeeze(1)
-        log_place = spatial_log_softmax(logits)
-        likely = log_place.flatten(1)  # [B, hw]
-        peak, chosen = logits.flatten(1).max(1, keepdim=True)
+        state = [_cells(hidden), _cells(features)]
+        logits = self._place_logits([*state, _cells(found)] if self.found_channels and found is not None else state)
+        log_place = F.log_softmax(logits.to(torch.promote_types(logits.dtype, torch.float32)), dim=1)
+        peak, chosen = logits.max(1, keepdim=True)
         if self.hard_place:
-            place = (torch.arange(likely.shape[1], device=likely.device) == chosen).to(likely.dtype)
+            place = (torch.arange(logits.shape[1], device=logits.device) == chosen).to(log_place.dtype)
         else:
-            place = likely.exp()
+            place = log_place.exp()
+        place = place.unsqueeze(1)  # [B, 1, hw]
+        attended = torch.cat([torch.bmm(place.to(one.dtype), one).squeeze(1) for one in state], dim=1)  # [B, C + F]
+
         batch, _, height, width = detail.shape
-        scale = height // hidden.shape[2]
-        attended = torch.bmm(state.flatten(2), place.unsqueeze(2).to(state.dtype)).squeeze(2)  # [B, C + F]
-        grid = _cell_centres(hidden.shape[2], hidden.shape[3], log_place) * scale  # [2, hw], in detail cells
-        centre = (place.unsqueeze(1) * grid).sum(2)  # [B, 2]; a matrix product would be rounded under autocast
-        weights = self.describe(attended)
-        offset = (_cell_centres(height, width, log_place).unsqueeze(0) - centre.unsqueeze(2)) / self.radius
+        rows, columns = hidden.shape[2:]
+        grid = _cell_centres(rows, columns, log_place) * (height // rows)  # [2, hw], in cells of the detail
+        centre = (place * grid).sum(2)  # [B, 2]; a matrix product would be rounded under autocast
+        offset = (_cell_centres(height, width, log_place) - centre.unsqueeze(2)) / self.radius
+        detail = detail.flatten(2)
         relative = [offset]
         if self.dense_features is not None:
             middle = self.dense_features(attended[:, hidden.shape[1] :, None, None]).offset.flatten(2)  # [B, 2, 1]
-            relative.append(offset + detail[:, self.width :].flatten(2) - middle)
+            relative.append(offset + detail[:, self.width :] - middle)
         relative = [part for one in relative for part in (one, one.square().sum(1, keepdim=True))]
-        inputs = torch.cat([detail[:, : self.width].flatten(2), *(part.to(detail.dtype) for part in relative)], dim=1)
 
-        first, bias_first, second, bias_second = weights.split([self.inputs * self.width, self.width, self.width, 1], 1)
-        inner = torch.baddbmm(bias_first.unsqueeze(2), first.view(batch, self.width, self.inputs), inputs).relu()
-        mask_logits = torch.baddbmm(bias_second.unsqueeze(2), second.unsqueeze(1), inner).view(batch, height, width)
-        return Drawn(mask_logits, log_place, place.view_as(log_place), torch.cat([attended, peak], dim=1))
+        sizes = self.inputs * self.width, self.width, self.width, 1
+        first, bias, second, last_bias = self.describe(attended).unsqueeze(2).split(sizes, dim=1)
+        first = first.view(batch, self.width, self.inputs)
+        inner = torch.baddbmm(bias, first[..., : self.width], detail[:, : self.width])
+        inner = torch.baddbmm(inner, first[..., self.width :], torch.cat(relative, dim=1).to(inner.dtype)).relu()
+        mask_logits = torch.baddbmm(last_bias, second.transpose(1, 2), inner).view(batch, height, width)
+        maps = batch, rows, columns
+        return Drawn(mask_logits, log_place.view(maps), place.view(maps), torch.cat([attended, peak], dim=1))
+
+    def _place_logits(self, seen: list[Tensor]) -> Tensor:
+        """(B, hw): ``place`` of maps (B, hw, ·) whose channels follow one another, without putting them together."""
+        first, last = self.place[0], self.place[2]
+        assert isinstance(first, nn.Conv2d) and isinstance(last, nn.Conv2d) and first.bias is not None
+        weight, start, inner = first.weight.flatten(1), 0, first.bias
+        for maps in seen:
+            stop = start + maps.shape[2]
+            inner = inner + F.linear(maps, weight[:, start:stop])
+            start = stop
+        return F.linear(inner.relu(), last.weight.flatten(1), last.bias).squeeze(2)
 
 
 class ConfidenceHead(nn.Module):
@@ -200,6 +211,11 @@ def grid_max(maps: Tensor, side: int) -> Tensor:
         cells = [(index >= k * size // side) & (index < ((k + 1) * size + side - 1) // side) for k in range(side)]
         maps = torch.stack([maps.where(cell, -torch.inf).amax(dim) for cell in cells], dim)
     return maps
+
+
+def _cells(maps: Tensor) -> Tensor:
+    """(B, C, h, w) → (B, hw, C), of maps in channels_last a view."""
+    return maps.permute(0, 2, 3, 1).flatten(1, 2)
 
 
 def spatial_log_softmax(logits: Tensor) -> Tensor:

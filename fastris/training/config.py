@@ -251,6 +251,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "patience": 100,
         "validate_every": 250,
         "learning_rate": 2e-3,
+        "zoom": 1.5,
         "grey_probability": 0.2,
         "invert_probability": 0.05,
         "precision": "auto",
