@@ -229,7 +229,7 @@ class Harness:
         result = {
             "part": self.part,
             "finished": self.finished,
-            "command": " ".join(["python", "-m", "gpu.measure", *sys.argv[1:]]),
+            "command": f"python -m gpu.measure {self.part}",
             "tiny": self.tiny,
             "device": torch.cuda.get_device_name(self.device)
             if self.cuda
