@@ -58,7 +58,7 @@ def test_the_script_ends_with_a_table(tmp_path: Path) -> None:
     assert "assignment 7×5 B4 soft_iou" in table and "SciPy over the bus" in table
     assert faults.strip() == "no-such-part: no results"
     written = json.loads((tmp_path / "assignment.json").read_text())
-    assert written["finished"] and written["command"].endswith(f"assignment --out {tmp_path} --device cpu --tiny")
+    assert written["finished"] and written["command"] == "python -m gpu.measure assignment" and written["tiny"]
     assert written["fastris"]["versions"]["torch"] == torch.__version__ and "rehearsal" in written["device"]
 
 

@@ -98,8 +98,8 @@ def one(harness: Harness, size: int, side: int, most: int, dtype: str) -> None:
         call = Once(lambda: replayed(training.next_batch(), most))
         call()  # captures
         torch.cuda.synchronize()
-        torch.cuda.set_sync_debug_mode("error")
         try:
+            torch.cuda.set_sync_debug_mode("error")
             for _ in range(4):
                 call()
         finally:

@@ -263,17 +263,14 @@ def test_nothing_is_read_back(variant):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("variant", ["all", "first_n"])
-def test_no_sync_on_cuda(variant):
+def test_no_sync_on_cuda(variant, no_sync):
     output, (labels, counts) = make_output(4, 3), labels_of(4)
     criterion = RISLoss(variant, place_weight=0.5)
     expected = values_and_gradients(criterion, output, labels, counts, 3)
     output, labels, counts = moved(output, "cuda"), labels.cuda(), counts.cuda()
     values_and_gradients(criterion, output, labels, counts, 3)
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_sync():
         found = values_and_gradients(criterion, output, labels, counts, 3)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
     torch.testing.assert_close(found, expected, check_device=False)
 
 

@@ -289,7 +289,7 @@ def test_the_batched_form_reads_nothing_back(matcher, problem, key, monkeypatch)
 
 @pytest.mark.gpu
 @BOTH
-def test_no_sync_on_cuda(matcher, problem, key):
+def test_no_sync_on_cuda(matcher, problem, key, no_sync):
     outputs, targets = problem(20, [3, 0, 25])
     if key == "boxes":
         expected = as_lists(matcher()(outputs, targets))
@@ -297,11 +297,8 @@ def test_no_sync_on_cuda(matcher, problem, key):
     targets = [{name: value.cuda() for name, value in target.items()} for target in targets]
     batched = matcher(batched=True)
     batched(outputs, targets)
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_sync():
         matches = batched(outputs, targets)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
     if key == "boxes":
         assert as_lists(matches.pairs()) == expected
 

@@ -202,14 +202,6 @@ def assert_same(found: Results, expected: Results) -> None:
         torch.testing.assert_close(one, other, msg=lambda text, number=number: f"result {number}: {text}")
 
 
-class NoSync:
-    def __enter__(self) -> None:
-        torch.cuda.set_sync_debug_mode("error")
-
-    def __exit__(self, *_: object) -> None:
-        torch.cuda.set_sync_debug_mode("default")
-
-
 def channels_last(inputs: Inputs) -> Inputs:
     return {
         name: value.detach().contiguous(memory_format=torch.channels_last).requires_grad_(value.requires_grad)
@@ -235,12 +227,14 @@ def no_tf32() -> Iterator[None]:
 
 @pytest.mark.gpu
 @EACH_DTYPE
-def test_it_is_right_and_never_waits(name: str, dtype: torch.dtype, no_worse_than_eager: Any, no_tf32: None) -> None:
+def test_it_is_right_and_never_waits(
+    name: str, dtype: torch.dtype, no_worse_than_eager: Any, no_tf32: None, no_sync: Any
+) -> None:
     """Indices are those of fp64; other errors are at most twice eager's, in the layout in which that has more."""
     operator = OPERATORS[name]
     inputs = placed(operator.make(3), operator, "cuda", dtype)
     run(operator, inputs)  # compiles
-    with NoSync():
+    with no_sync():
         found = run(operator, inputs)
     with fastris.use_backend("reference"):
         eager = run(operator, inputs), run(operator, channels_last(inputs))
