@@ -304,9 +304,8 @@ def test_cuda_gives_the_indices_of_the_cpu(
     on_device = cost.cuda(), rows.cuda(), cols.cuda()
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        with no_sync():
-            found = [fastris.assignment(*on_device, maximize=True) for _ in range(3)]
+    with torch.cuda.stream(stream), no_sync():
+        found = [fastris.assignment(*on_device, maximize=True) for _ in range(3)]
     stream.synchronize()
     for col_of_row, status in found:
         assert torch.equal(col_of_row.cpu(), expected.col_of_row)
