@@ -6,13 +6,17 @@ B = batch, P = predictions, G = targets, N = pixels, S = splits of N. No atomics
 import triton
 import triton.language as tl
 
-# Loads of the next tile overlap with masks; with labels the compiler would need 255 registers for that, and 96 without.
-MASK_SUMS = {"BLOCK_X": 32, "num_warps": 4, "num_stages": 2}
-LABEL_SUMS = {"BLOCK_X": 32, "num_warps": 4, "num_stages": 1}
+# By the bytes of a prediction. In fp32 more than two warps would repeat each other's products.
+SUMS = {
+    2: {"BLOCK_X": 64, "num_warps": 4, "num_stages": 4},
+    4: {"BLOCK_X": 32, "num_warps": 2, "num_stages": 4, "maxnreg": 168},
+    8: {"BLOCK_X": 32, "num_warps": 4, "num_stages": 2},
+}
 FINISH = {"num_warps": 4}
 BACKWARD = {"BLOCK_X": 1024, "num_warps": 4}
 
 PIXELS_OF_SPLIT = 1024
+MULTIPLE_OF_SPLIT = 64  # whole tiles that begin where 128-bit loads can
 MOST_SPLITS = 64
 
 
@@ -21,10 +25,28 @@ def block_of(rows: int) -> int:
     return 16 if rows <= 16 else 32
 
 
+def sums_options(itemsize: int, pixels: int, rows: int) -> dict[str, int]:
+    """For ``rows`` = BLOCK_P + BLOCK_G: tiles are half as wide where each pixel's address would be in a register."""
+    options = SUMS[itemsize]
+    return options if rows == 32 or pixels % 16 == 0 else {**options, "BLOCK_X": options["BLOCK_X"] // 2}
+
+
 def splits_of(pixels: int) -> tuple[int, int]:
     """S and the pixels of a split, which depend on the size alone so that sums never depend on the device."""
     splits = min(MOST_SPLITS, max(1, triton.cdiv(pixels, PIXELS_OF_SPLIT)))
-    return splits, max(1, triton.cdiv(pixels, splits))
+    size = max(1, triton.cdiv(pixels, splits * MULTIPLE_OF_SPLIT)) * MULTIPLE_OF_SPLIT
+    return max(1, triton.cdiv(pixels, size)), size
+
+
+@triton.jit
+def high_and_low(value):
+    """fp32 as a sum of two that tensor cores take as TF32, with 11 bits: ``high`` as it is, ``low`` to 2⁻²³ of the sum.
+
+    ``high`` is rounded to nearest, so that ``low`` has either sign.
+    """
+    bits = value.to(tl.int32, bitcast=True)
+    high = ((bits + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
+    return high, value - high
 
 
 @triton.jit
@@ -55,7 +77,7 @@ def soft_iou_sums_kernel(
     of_pixel = pred.dtype.element_ty
     of_mask = target.dtype.element_ty
     if of_pixel.primitive_bitwidth == 16 and (LABELS or of_mask.primitive_bitwidth == 8 or of_mask == of_pixel):
-        factor = of_pixel  # whole numbers up to 255 are exact in it: tensor cores multiply, and add in fp32
+        factor = of_pixel  # whole numbers up to 255 are exact in it, and products in fp32
     else:
         factor = compute
     program = tl.program_id(0)  # b * S + s
@@ -98,7 +120,18 @@ def soft_iou_sums_kernel(
             ).to(factor)
         of_pred += q.to(compute)
         of_target += y.to(compute)
-        both = tl.dot(q.to(factor), tl.trans(y), both, input_precision="ieee", out_dtype=compute)
+        if factor == tl.float32:
+            q_high, q_low = high_and_low(q.to(factor))
+            if LABELS:
+                of_tile = tl.dot(q_low, tl.trans(y), input_precision="tf32")
+            else:
+                y, y_low = high_and_low(y)
+                of_tile = tl.dot(q_low, tl.trans(y), input_precision="tf32")
+                of_tile = tl.dot(q_high, tl.trans(y_low), of_tile, input_precision="tf32")
+            of_tile = tl.dot(q_high, tl.trans(y), of_tile, input_precision="tf32")
+            both += of_tile  # rounded to nearest; tensor cores add to what they have and cut
+        else:
+            both = tl.dot(q.to(factor), tl.trans(y), both, input_precision="ieee", out_dtype=compute)
 
     here = sums + program.to(tl.int64) * (P * (G + 1) + G)
     p_there = p < P
@@ -118,31 +151,28 @@ def soft_iou_finish_kernel(
     P,
     G,
     splits,
-    BLOCK_P: tl.constexpr,
     BLOCK_G: tl.constexpr,
+    BLOCK_S: tl.constexpr,
 ):
     """``iou = Σqy / union`` with ``union = Σq + Σy − Σqy``, in fp64; both 0 where the union or the counts say so."""
-    b = tl.program_id(0).to(tl.int64)
-    g_blocks = tl.cdiv(G, BLOCK_G)
-    p = (tl.program_id(1) // g_blocks).to(tl.int64) * BLOCK_P + tl.arange(0, BLOCK_P)
-    g = (tl.program_id(1) % g_blocks).to(tl.int64) * BLOCK_G + tl.arange(0, BLOCK_G)
-    there = (p < P)[:, None] & (g < G)[None, :]
-    size = P * (G + 1) + G
-    both = tl.zeros((BLOCK_P, BLOCK_G), tl.float64)
-    of_pred = tl.zeros((BLOCK_P,), tl.float64)
-    of_target = tl.zeros((BLOCK_G,), tl.float64)
-    for split in range(splits):
-        here = sums + (b * splits + split) * size
-        both += tl.load(here + p[:, None] * (G + 1) + g[None, :], mask=there, other=0.0).to(tl.float64)
-        of_pred += tl.load(here + p * (G + 1) + G, mask=p < P, other=0.0).to(tl.float64)
-        of_target += tl.load(here + P * (G + 1) + g, mask=g < G, other=0.0).to(tl.float64)
-    either = of_pred[:, None] + of_target[None, :] - both
+    row = tl.program_id(0)  # b * P + p
+    b = (row // P).to(tl.int64)
+    p = row % P
+    g = tl.program_id(1) * BLOCK_G + tl.arange(0, BLOCK_G)
+    split = tl.arange(0, BLOCK_S)
+    there = g < G
+    each = (split < splits)[:, None] & there[None, :]
+    here = sums + (b * splits + split) * (P * (G + 1) + G)
+    both = tl.sum(tl.load(here[:, None] + p * (G + 1) + g[None, :], mask=each, other=0.0).to(tl.float64), 0)
+    of_pred = tl.sum(tl.load(here + p * (G + 1) + G, mask=split < splits, other=0.0).to(tl.float64), 0)
+    of_target = tl.sum(tl.load(here[:, None] + P * (G + 1) + g[None, :], mask=each, other=0.0).to(tl.float64), 0)
+    either = of_pred + of_target - both
     counts = either > 0
     if num_pred is not None:
-        counts &= (p < tl.load(num_pred + b))[:, None]
+        counts &= p < tl.load(num_pred + b)
     if num_target is not None:
-        counts &= (g < tl.load(num_target + b))[None, :]
-    at = (b * P + p[:, None]) * G + g[None, :]
+        counts &= g < tl.load(num_target + b)
+    at = row.to(tl.int64) * G + g
     dtype = iou.dtype.element_ty
     tl.store(iou + at, tl.where(counts, both / tl.where(counts, either, 1.0), 0.0).to(dtype), mask=there)
     tl.store(union + at, tl.where(counts, either, 0.0).to(dtype), mask=there)

@@ -134,7 +134,7 @@ def of_soft_iou() -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], di
         for labels in (False, True):
             types = {"pred": f"*{dtype}", "target": "*i64" if labels else f"*{dtype}", "sums": "*fp32"}
             constants = {"pred_stride_x": 1, "target_stride_x": 1, "LABELS": labels, **blocks, **none}
-            options = soft_iou.LABEL_SUMS if labels else soft_iou.MASK_SUMS
+            options = soft_iou.sums_options(2 if dtype == "bf16" else 4, 256 * 256, sum(blocks.values()))
             yield (
                 f"soft_iou sums {'labels ' if labels else ''}{dtype}",
                 soft_iou.soft_iou_sums_kernel,
@@ -143,7 +143,8 @@ def of_soft_iou() -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], di
                 options,
             )
     types = dict.fromkeys(("sums", "iou", "union"), "*fp32")
-    yield "soft_iou finish", soft_iou.soft_iou_finish_kernel, types, {**blocks, **none}, soft_iou.FINISH
+    constants = {"BLOCK_G": blocks["BLOCK_G"], "BLOCK_S": soft_iou.MOST_SPLITS, **none}
+    yield "soft_iou finish", soft_iou.soft_iou_finish_kernel, types, constants, soft_iou.FINISH
     types = {"weight": "*fp32", "offset": "*fp32", "target": "*i64", "out": "*fp32"}
     constants = {"target_stride_x": 1, "LABELS": True}
     yield "soft_iou backward labels", soft_iou.soft_iou_backward_kernel, types, constants, soft_iou.BACKWARD

@@ -44,10 +44,11 @@ def soft_iou(
             *target_strides,
             LABELS=labels,
             **blocks,
-            **(kernels.LABEL_SUMS if labels else kernels.MASK_SUMS),
+            **kernels.sums_options(pred.dtype.itemsize, pixels, sum(blocks.values())),
         )
-        kernels.soft_iou_finish_kernel[(batch, pairs)](
-            sums, *counts, iou, union, preds, targets, splits, **blocks, **kernels.FINISH
+        finish = {"BLOCK_G": blocks["BLOCK_G"], "BLOCK_S": triton.next_power_of_2(splits), **kernels.FINISH}
+        kernels.soft_iou_finish_kernel[(batch * preds, triton.cdiv(targets, blocks["BLOCK_G"]))](
+            sums, *counts, iou, union, preds, targets, splits, **finish
         )
     return iou, union
 

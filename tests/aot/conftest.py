@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -48,20 +48,30 @@ def compiled(arch: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Call
     """``compiled(kernel, types, constants, options)`` for a Triton kernel, the pointers of ``types``, the values of
     ``constants``, and options that may also name constants; other arguments are 32-bit integers.
 
-    Pointers are aligned, as torch's are.
+    Pointers are aligned, as torch's are; so are the integers that ``aligned`` names, multiples of 16.
     """
     triton = pytest.importorskip("triton")
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
     target = triton.backends.compiler.GPUTarget("cuda", arch, 32)
     tools = Path(triton.__file__).parent / "backends/nvidia/bin"
 
-    def compiled(kernel: Any, types: dict[str, str], constants: dict[str, Any], options: dict[str, int]) -> Binary:
+    def compiled(
+        kernel: Any,
+        types: dict[str, str],
+        constants: dict[str, Any],
+        options: dict[str, int],
+        aligned: Collection[str] = (),
+    ) -> Binary:
         names = kernel.arg_names
         constants = constants | {name: value for name, value in options.items() if name in names}
         options = {name: value for name, value in options.items() if name not in names}
         signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in names}
-        aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if signature[name][0] == "*"}
-        source = triton.compiler.ASTSource(kernel, signature, constants, aligned)
+        attributes = {
+            (i,): [["tt.divisibility", 16]]
+            for i, name in enumerate(names)
+            if signature[name][0] == "*" or name in aligned
+        }
+        source = triton.compiler.ASTSource(kernel, signature, constants, attributes)
         return Binary(triton.compile(source, target=target, options=options).asm, tools, tmp_path)
 
     return compiled

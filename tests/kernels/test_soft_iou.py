@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,6 +16,11 @@ triton = pytest.importorskip("triton", reason="triton is not installed")
 def version(text: str) -> tuple[int, ...]:
     return tuple(map(int, text.split(".")[:2]))
 
+
+works_here = pytest.mark.skipif(
+    version(triton.__version__) < (3, 7) and version(np.__version__) >= (2, 4),
+    reason="the interpreter of Triton 3.6 makes scalars of arrays of one element, which NumPy 2.4 refuses",
+)
 
 CODE = """
 import sys
@@ -50,13 +56,52 @@ for batch, preds, targets, height, width in ((2, 3, 4, 5, 7), (1, 1, 1, 1, 1), (
 """
 
 
-@pytest.mark.skipif(
-    version(triton.__version__) < (3, 7) and version(np.__version__) >= (2, 4),
-    reason="the interpreter of Triton 3.6 makes scalars of arrays of one element, which NumPy 2.4 refuses",
-)
+@works_here
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_the_kernels_match_the_reference_in_the_interpreter(dtype: str) -> None:
     """bf16 is left to a GPU: the interpreter computes it wrongly."""
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     result = subprocess.run([sys.executable, "-c", CODE, dtype], env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+
+
+PARTS = """
+import torch
+import triton
+import triton.language as tl
+from fastris.kernels.soft_iou import high_and_low
+
+
+@triton.jit
+def parts_of(value, high, low, N: tl.constexpr):
+    x = tl.arange(0, N)
+    one, other = high_and_low(tl.load(value + x))
+    tl.store(high + x, one)
+    tl.store(low + x, other)
+
+
+def in_11_bits(value):
+    return (value.view(torch.int32) & -0x2000).view(torch.float32)
+
+
+torch.manual_seed(0)
+value = torch.randn(4096) * torch.logspace(-30, 30, 4096)
+value[:6] = torch.tensor([0.0, 1.0, -1.0, 1 / 3, float("inf"), float("nan")])
+high, low = torch.empty_like(value), torch.empty_like(value)
+parts_of[(1,)](value, high, low, N=4096)
+assert not torch.isfinite(low[4:6]).any()  # so that no sum hides it
+value, high, low = (torch.cat([one[:4], one[6:]]) for one in (value, high, low))
+assert torch.equal(high, in_11_bits(high)) and torch.equal(high + low, value)
+error = high.double() + in_11_bits(low).double() - value.double()
+assert (error.abs() <= 2.0**-23 * value.abs()).all()
+assert (low * value.sign() < 0).float().mean() > 0.4  # either sign: what is cut does not add up
+"""
+
+
+@works_here
+def test_a_value_is_the_sum_of_two_of_tf32(tmp_path: Path) -> None:
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    path = tmp_path / "parts.py"  # Triton reads the source of a kernel
+    path.write_text(PARTS)
+    result = subprocess.run([sys.executable, path], env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
