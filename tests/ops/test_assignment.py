@@ -190,6 +190,13 @@ def test_non_contiguous_costs_and_counts(each_backend: str) -> None:
     assert fastris.assignment(flipped[None]).col_of_row[0].tolist() == scipy_cols(flipped.numpy())
 
 
+@pytest.mark.parametrize("stride", [20, 29, 40, 41])
+def test_nothing_is_read_beyond_the_last_cost(stride: int, each_backend: str) -> None:
+    """Which AddressSanitizer sees: rows that are apart, the last of which ends with the memory."""
+    view = torch.rand(99 * stride + 20).as_strided((1, 100, 20), (0, stride, 1))
+    assert torch.equal(fastris.assignment(view).col_of_row, fastris.assignment(view.contiguous()).col_of_row)
+
+
 def test_huge_and_tiny_costs_neither_hang_nor_crash(each_backend: str) -> None:
     for scale in (1e308, 1.7e308, 5e-324):
         cost = (torch.rand(4, 6, 6, dtype=torch.float64) - 0.5) * 2 * scale
