@@ -31,7 +31,7 @@ void solve_images_avx512(const AssignmentBatch<T>& batch, int64_t begin, int64_t
 namespace {
 
 constexpr int64_t kCacheLine = 64;  // bytes; lanes that straddle two lines cost twice
-constexpr int64_t kSecondLevel = int64_t{1} << 18;  // bytes of cache that a matrix may take
+constexpr int64_t kFirstLevel = int64_t{1} << 15, kSecondLevel = int64_t{1} << 18;  // bytes of cache
 constexpr int64_t kMostLanes = 128;
 
 // Scratch for any matrix of a batch with any number of lanes: what the solver needs, then the packed costs.
@@ -43,14 +43,19 @@ int64_t scratch_bytes(int64_t n, int64_t m) {
   return solver_bytes(n, m) + n * round_up(m, kMostLanes) * static_cast<int64_t>(sizeof(T));
 }
 
-// Reads a word of every line of a matrix in the order in which they lie in memory, which the processor's prefetcher runs
-// ahead of, as it does not of prefetch instructions, nor of what reads columns side by side.
+// Asks for a whole matrix in the order in which it lies in memory: what reads its columns side by side jumps, which the
+// processor's own prefetcher follows badly. That runs ahead of loads, though not of prefetch instructions, which do not
+// wait: loads are quicker where most of the matrix comes from memory, as a large one does.
 template <typename T>
 FASTRIS_INLINE void fetch(const CostView<T>& cost, int64_t n, int64_t m) {
   constexpr int64_t size = sizeof(T), line = kCacheLine / size;
   const int64_t length = (m - 1) * cost.col_stride + n;
   if (cost.row_stride != 1 || cost.col_stride > 2 * n || length * size > kSecondLevel) return;
-  for (int64_t i = 0; i < length; i += line) static_cast<void>(*static_cast<const volatile T*>(cost.data + i));
+  if (length * size > kFirstLevel) {
+    for (int64_t i = 0; i < length; i += line) static_cast<void>(*static_cast<const volatile T*>(cost.data + i));
+  } else {
+    for (int64_t i = 0; i < length; i += line) __builtin_prefetch(cost.data + i, 0, 2);
+  }
 }
 
 template <int N, typename T>
