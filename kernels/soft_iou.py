@@ -1,4 +1,4 @@
-"""Soft IoU on the GPU: sums over splits of the pixels, then a kernel that adds them in order and divides.
+"""Soft IoU on the GPU: sums over splits of the pixels, then a kernel that adds them in a fixed order and divides.
 
 B = batch, P = predictions, G = targets, N = pixels, S = splits of N. No atomics: the same bits every time.
 """
@@ -6,7 +6,7 @@ B = batch, P = predictions, G = targets, N = pixels, S = splits of N. No atomics
 import triton
 import triton.language as tl
 
-# By the bytes of a prediction. In fp32 more than two warps would repeat each other's products.
+# By the bytes of what is multiplied. In fp32 more than two warps would repeat each other's products.
 SUMS = {
     2: {"BLOCK_X": 64, "num_warps": 4, "num_stages": 4},
     4: {"BLOCK_X": 32, "num_warps": 2, "num_stages": 4, "maxnreg": 168},
@@ -25,10 +25,13 @@ def block_of(rows: int) -> int:
     return 16 if rows <= 16 else 32
 
 
-def sums_options(itemsize: int, pixels: int, rows: int) -> dict[str, int]:
-    """For ``rows`` = BLOCK_P + BLOCK_G: tiles are half as wide where each pixel's address would be in a register."""
-    options = SUMS[itemsize]
-    return options if rows == 32 or pixels % 16 == 0 else {**options, "BLOCK_X": options["BLOCK_X"] // 2}
+def sums_options(factor_bytes: int, aligned: bool, rows: int) -> dict[str, int]:
+    """For ``rows`` = BLOCK_P + BLOCK_G: tiles are half as wide where each pixel's address would be in a register.
+
+    ``aligned``: pixels are side by side, and rows of them begin at multiples of 16.
+    """
+    options = SUMS[factor_bytes]
+    return options if aligned or rows == 32 else {**options, "BLOCK_X": options["BLOCK_X"] // 2}
 
 
 def splits_of(pixels: int) -> tuple[int, int]:
@@ -68,18 +71,17 @@ def soft_iou_sums_kernel(
     target_stride_g,
     target_stride_x,
     LABELS: tl.constexpr,
+    NARROW: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_G: tl.constexpr,
     BLOCK_X: tl.constexpr,
 ):
-    """Σqy, Σq and Σy of one image, block of pairs and split."""
+    """Σqy, Σq and Σy of one image, block of pairs and split.
+
+    NARROW: pixels of 16 bits are multiplied as they are, with targets that they hold; products are exact in fp32.
+    """
     compute = sums.dtype.element_ty
-    of_pixel = pred.dtype.element_ty
-    of_mask = target.dtype.element_ty
-    if of_pixel.primitive_bitwidth == 16 and (LABELS or of_mask.primitive_bitwidth == 8 or of_mask == of_pixel):
-        factor = of_pixel  # whole numbers up to 255 are exact in it, and products in fp32
-    else:
-        factor = compute
+    factor = pred.dtype.element_ty if NARROW else compute
     program = tl.program_id(0)  # b * S + s
     b = (program // splits).to(tl.int64)
     begin = (program % splits).to(tl.int64) * split_size

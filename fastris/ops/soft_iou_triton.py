@@ -28,6 +28,9 @@ def soft_iou(
     target, target_strides = _pixels(target)
     blocks = {"BLOCK_P": kernels.block_of(preds), "BLOCK_G": kernels.block_of(targets)}
     pairs = triton.cdiv(preds, blocks["BLOCK_P"]) * triton.cdiv(targets, blocks["BLOCK_G"])
+    narrow = pred.dtype.itemsize == 2 and (labels or target.dtype.itemsize == 1 or target.dtype == pred.dtype)
+    factor_bytes = pred.dtype.itemsize if narrow else compute.itemsize
+    aligned = pixels % 16 == 0 and pred.stride(2) == target_strides[2] == 1
     counts = [None if count is None else count.contiguous() for count in (num_pred, num_target)]
     with torch.cuda.device_of(pred):
         kernels.soft_iou_sums_kernel[(batch * splits, pairs)](
@@ -43,8 +46,9 @@ def soft_iou(
             *pred.stride(),
             *target_strides,
             LABELS=labels,
+            NARROW=narrow,
             **blocks,
-            **kernels.sums_options(pred.dtype.itemsize, pixels, sum(blocks.values())),
+            **kernels.sums_options(factor_bytes, aligned, sum(blocks.values())),
         )
         finish = {"BLOCK_G": blocks["BLOCK_G"], "BLOCK_S": triton.next_power_of_2(splits), **kernels.FINISH}
         kernels.soft_iou_finish_kernel[(batch * preds, triton.cdiv(targets, blocks["BLOCK_G"]))](

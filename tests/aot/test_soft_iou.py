@@ -33,10 +33,10 @@ def test_sums(
         "sums": "*fp64" if dtype == "fp64" else "*fp32",
         **counts,
     }
-    constants = {"pred_stride_x": 1, "target_stride_x": 1, "LABELS": labels}
+    constants = {"pred_stride_x": 1, "target_stride_x": 1, "LABELS": labels, "NARROW": BYTES[dtype] == 2}
     constants |= {"BLOCK_P": blocks[0], "BLOCK_G": blocks[1]}
     constants |= {} if counts else {"num_pred": None, "num_target": None}
-    options = kernels.sums_options(BYTES[dtype], 256 if aligned else 255, sum(blocks))
+    options = kernels.sums_options(BYTES[dtype], bool(aligned), sum(blocks))
     binary = compiled(kernels.soft_iou_sums_kernel, types, constants, options, aligned)
     binary.check_registers(MOST_REGISTERS, 0 if aligned else MOST_STACK)
     assert (".tf32.tf32." in binary.ptx) == (dtype == "fp32")  # of values in two parts
@@ -49,10 +49,14 @@ def test_sums(
 @pytest.mark.parametrize("target", ["u8", "fp32"])
 def test_products_of_halves_are_narrow_only_where_exact(dtype: str, target: str, compiled: Callable[..., Any]) -> None:
     types = {"pred": f"*{dtype}", "target": f"*{target}", "sums": "*fp32"}
-    constants = {"LABELS": False, "BLOCK_P": 32, "BLOCK_G": 32, "num_pred": None, "num_target": None}
-    binary = compiled(kernels.soft_iou_sums_kernel, types, constants, kernels.sums_options(2, 255, 64))
-    assert ("HMMA.16816" in binary.sass) == (target == "u8")
-    assert (".tf32.tf32." in binary.ptx) == (target == "fp32")
+    narrow = target == "u8"
+    constants = {"LABELS": False, "NARROW": narrow, "BLOCK_P": 32, "BLOCK_G": 32, "num_pred": None, "num_target": None}
+    binary = compiled(
+        kernels.soft_iou_sums_kernel, types, constants, kernels.sums_options(2 if narrow else 4, False, 64)
+    )
+    binary.check_registers(MOST_REGISTERS, MOST_STACK)
+    assert ("HMMA.16816" in binary.sass) == narrow
+    assert (".tf32.tf32." in binary.ptx) == (not narrow)
 
 
 @pytest.mark.parametrize("compute", ["fp32", "fp64"])

@@ -31,7 +31,8 @@ from fastris.reference.soft_iou import soft_iou_and_union, soft_iou_backward
 dtype = getattr(torch, sys.argv[1])
 tolerance = {"rtol": 1e-5, "atol": 1e-6} if dtype == torch.float32 else {"rtol": 1e-3, "atol": 1e-3}
 torch.manual_seed(0)
-for batch, preds, targets, height, width in ((2, 3, 4, 5, 7), (1, 1, 1, 1, 1), (1, 33, 18, 9, 11), (2, 3, 2, 0, 4)):
+SIZES = (2, 3, 4, 5, 7), (1, 1, 1, 1, 1), (1, 33, 18, 9, 11), (2, 3, 2, 0, 4), (1, 3, 34, 40, 64)
+for batch, preds, targets, height, width in SIZES:
     pred = torch.rand(batch, preds, height, width).to(dtype)
     labels = torch.randint(-2, targets + 3, (batch, height, width))
     masks = torch.rand(batch, targets, height, width).to(dtype)
