@@ -130,12 +130,11 @@ def of_convlstm() -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], di
 def of_soft_iou() -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], dict[str, int]]]:
     blocks = {"BLOCK_P": soft_iou.block_of(22), "BLOCK_G": soft_iou.block_of(20)}
     none = {"num_pred": None, "num_target": None}
-    for dtype in ("fp32", "bf16"):
+    for dtype, narrow in (("fp32", False), ("bf16", True)):
         for labels in (False, True):
             types = {"pred": f"*{dtype}", "target": "*i64" if labels else f"*{dtype}", "sums": "*fp32"}
-            constants = {"pred_stride_x": 1, "target_stride_x": 1, "LABELS": labels, "NARROW": dtype == "bf16"}
-            constants |= {**blocks, **none}
-            options = soft_iou.sums_options(2 if dtype == "bf16" else 4, True, sum(blocks.values()))
+            constants = {"pred_stride_x": 1, "target_stride_x": 1, "LABELS": labels, "NARROW": narrow, **blocks, **none}
+            options = soft_iou.sums_options(2 if narrow else 4, True, sum(blocks.values()))
             yield (
                 f"soft_iou sums {'labels ' if labels else ''}{dtype}",
                 soft_iou.soft_iou_sums_kernel,

@@ -57,13 +57,18 @@ for batch, preds, targets, height, width in SIZES:
 """
 
 
+def interpret(*arguments: str | Path) -> None:
+    """Runs Python with these arguments, and kernels in Triton's interpreter."""
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    result = subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+
+
 @works_here
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_the_kernels_match_the_reference_in_the_interpreter(dtype: str) -> None:
     """bf16 is left to a GPU: the interpreter computes it wrongly."""
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    result = subprocess.run([sys.executable, "-c", CODE, dtype], env=environment, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
+    interpret("-c", CODE, dtype)
 
 
 PARTS = """
@@ -101,8 +106,6 @@ assert (low * value.sign() < 0).float().mean() > 0.4  # either sign: what is cut
 
 @works_here
 def test_a_value_is_the_sum_of_two_of_tf32(tmp_path: Path) -> None:
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
     path = tmp_path / "parts.py"  # Triton reads the source of a kernel
     path.write_text(PARTS)
-    result = subprocess.run([sys.executable, path], env=environment, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
+    interpret(path)
