@@ -28,7 +28,7 @@ def soft_iou(
     target, target_strides = _pixels(target)
     blocks = {"BLOCK_P": kernels.block_of(preds), "BLOCK_G": kernels.block_of(targets)}
     pairs = triton.cdiv(preds, blocks["BLOCK_P"]) * triton.cdiv(targets, blocks["BLOCK_G"])
-    narrow = pred.dtype.itemsize == 2 and (labels or target.dtype.itemsize == 1 or target.dtype == pred.dtype)
+    narrow = is_narrow(pred.dtype, target.dtype, labels)
     factor_bytes = pred.dtype.itemsize if narrow else compute.itemsize
     aligned = pixels % 16 == 0 and pred.stride(2) == target_strides[2] == 1
     counts = [None if count is None else count.contiguous() for count in (num_pred, num_target)]
@@ -81,6 +81,11 @@ def soft_iou_backward(weight: Tensor, offset: Tensor, target: Tensor, dtype: tor
             **kernels.BACKWARD,
         )
     return out
+
+
+def is_narrow(pred: torch.dtype, target: torch.dtype, labels: bool) -> bool:
+    """Whether predictions are of 16 bits and targets exact in those: whole numbers up to 255 are, and the same dtype."""
+    return pred.itemsize == 2 and (labels or target.itemsize == 1 or target == pred)
 
 
 def _pixels(target: Tensor) -> tuple[Tensor, tuple[int, ...]]:

@@ -6,16 +6,18 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import torch
 
 pytest.importorskip("triton", reason="triton is not installed")
 
 from fastris.kernels import soft_iou as kernels  # noqa: E402
 
+from fastris.ops.soft_iou_triton import is_narrow  # noqa: E402
+
 DTYPES = ["fp32", "bf16", "fp16", "fp64"]
 MOST_REGISTERS = 168  # three programs of four warps on a multiprocessor
 MOST_STACK = 16  # of addresses, outside the loop
-
-
+TORCH = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "u8": torch.uint8}
 BYTES = {"bf16": 2, "fp16": 2, "fp32": 4, "fp64": 8}
 STRIDES = ("N", "split_size", "pred_stride_b", "pred_stride_p", "target_stride_b", "target_stride_g")
 
@@ -48,15 +50,15 @@ def test_sums(
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
 @pytest.mark.parametrize("target", ["u8", "fp32"])
 def test_products_of_halves_are_narrow_only_where_exact(dtype: str, target: str, compiled: Callable[..., Any]) -> None:
+    narrow = is_narrow(TORCH[dtype], TORCH[target], labels=False)
     types = {"pred": f"*{dtype}", "target": f"*{target}", "sums": "*fp32"}
-    narrow = target == "u8"
     constants = {"LABELS": False, "NARROW": narrow, "BLOCK_P": 32, "BLOCK_G": 32, "num_pred": None, "num_target": None}
     binary = compiled(
         kernels.soft_iou_sums_kernel, types, constants, kernels.sums_options(2 if narrow else 4, False, 64)
     )
     binary.check_registers(MOST_REGISTERS, MOST_STACK)
-    assert ("HMMA.16816" in binary.sass) == narrow
-    assert (".tf32.tf32." in binary.ptx) == (not narrow)
+    assert ("HMMA.16816" in binary.sass) == (target == "u8")
+    assert (".tf32.tf32." in binary.ptx) == (target == "fp32")
 
 
 @pytest.mark.parametrize("compute", ["fp32", "fp64"])
