@@ -84,7 +84,7 @@ def soft_iou_backward(weight: Tensor, offset: Tensor, target: Tensor, dtype: tor
 
 
 def is_narrow(pred: torch.dtype, target: torch.dtype, labels: bool) -> bool:
-    """Whether predictions are of 16 bits and targets exact in those: whole numbers up to 255 are, and the same dtype."""
+    """Whether predictions have 16 bits, which hold each target: whole numbers up to 255, or values of their dtype."""
     return pred.itemsize == 2 and (labels or target.itemsize == 1 or target == pred)
 
 
