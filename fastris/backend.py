@@ -18,7 +18,9 @@ NATIVE_OPERATORS: dict[str, frozenset[str]] = {
     "lstm_gates": frozenset({"cpu", "cuda"}),
     "convlstm": frozenset({"cpu", "cuda"}),
     "conv2d_same": frozenset({"cpu"}),
+    "dynamic_mask": frozenset({"cpu"}),
     "permutohedral": frozenset({"cpu"}),
+    "place_logits": frozenset({"cpu"}),
     "soft_iou": frozenset({"cpu", "cuda"}),
 }
 """Every operator, with the device types that there is a native kernel for when all is built and installed."""

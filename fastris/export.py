@@ -22,28 +22,30 @@ from fastris.backend import use_backend
 from fastris.errors import InputError
 from fastris.imageio import PathLike, atomic_write, make_output_directory
 from fastris.nn.fcn8s import FCN8s
+from fastris.nn.heads import DynamicMaskHead
 from fastris.nn.model import RecurrentInstanceSegmenter, _Context, _Memory
 
-CONTEXT = ("features", "hoisted", "detail")
+CONTEXT = _Context._fields
 STATE = ("hidden", "cell", "found")
 OUTPUTS = ("score", "mask", *(f"next_{name}" for name in STATE))
 
 
 class Features(nn.Module):
-    """``forward(images)``: (B, 3, H, W) in [0, 1] → features, hoisted, detail: what every step needs of them."""
+    """``forward(images)``: (B, 3, H, W) in [0, 1] → features, hoisted, detail and, of a model with a dynamic mask head,
+    place_base: what every step needs of them."""
 
     def __init__(self, model: RecurrentInstanceSegmenter) -> None:
         super().__init__()
         self.model = model
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        return tuple(self.model._encode(images))
+        return tuple(tensor for tensor in self.model._encode(images) if tensor is not None)
 
 
 class Step(nn.Module):
-    """``forward(features, hoisted, detail, hidden, cell, found)`` → score, mask and the next hidden, cell and found.
+    """``forward(*context, hidden, cell, found)`` → score, mask and the next hidden, cell and found.
 
-    The state, zero at first, is hidden and cell (L, B, C, h, w) and found (B, 2, h, w). Score (B,) is the confidence
+    The context is what :class:`Features` returns. The state, zero at first, is hidden and cell (L, B, C, h, w) and found (B, 2, h, w). Score (B,) is the confidence
     that this step has found an object, and mask (B, H', W') the probability of each pixel, both in [0, 1].
     """
 
@@ -51,12 +53,11 @@ class Step(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(
-        self, features: Tensor, hoisted: Tensor, detail: Tensor, hidden: Tensor, cell: Tensor, found: Tensor
-    ) -> tuple[Tensor, ...]:
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        *context, hidden, cell, found = inputs
         states = list(zip(hidden.unbind(), cell.unbind(), strict=True))
         memory = _Memory(states, found if self.model.config.feedback else None)
-        step, memory = self.model._step(_Context(features, hoisted, detail), memory)
+        step, memory = self.model._step(_Context(*context), memory)
         assert memory.states is not None
         hidden, cell = (torch.stack(parts) for parts in zip(*memory.states, strict=True))
         mask = F.interpolate(step.mask_logits.unsqueeze(1), scale_factor=float(self.model.stride), mode="bilinear")
@@ -96,7 +97,8 @@ def export_step(model: RecurrentInstanceSegmenter, size: tuple[int, int] | None 
         context = _Context(*Features(model)(_example(model, size)))
         batch, _, height, width = context.features.shape
         state = context.features.new_zeros(model.config.layers, batch, model.config.hidden_channels, height, width)
-        example = (*context, state, state.clone(), state.new_zeros(batch, 2, height, width))
+        moving = (state, state.clone(), state.new_zeros(batch, 2, height, width))
+        example = (*(one for one in context if one is not None), *moving)
         scale = context.detail.shape[2] // height
         b, h, w = Dim("batch", min=1), Dim("h", min=2), Dim("w", min=2)
         maps: dict[int, Any] = {0: b, 2: h, 3: w}
@@ -104,7 +106,8 @@ def export_step(model: RecurrentInstanceSegmenter, size: tuple[int, int] | None 
         states = {1: b, 3: h, 4: w}
         if size or not model.config.confidence_pool:
             maps, detail, states = {0: b}, {0: b}, {1: b}
-        return torch.export.export(Step(model), example, dynamic_shapes=(maps, maps, detail, states, states, maps))
+        shapes = (maps, maps, detail, *[maps] * (context.place_base is not None), states, states, maps)
+        return torch.export.export(Step(model), example, dynamic_shapes=(shapes,))
 
 
 def export_onnx(model: RecurrentInstanceSegmenter, folder: PathLike, size: tuple[int, int] | None = None) -> list[Path]:
@@ -122,10 +125,11 @@ def export_onnx(model: RecurrentInstanceSegmenter, folder: PathLike, size: tuple
     except ImportError:
         raise InputError("ONNX export needs onnx and onnxscript: pip install 'fastris[onnx]'") from None
     folder = make_output_directory(folder)
+    context = CONTEXT if isinstance(model.mask_head, DynamicMaskHead) else CONTEXT[:-1]
     with use_backend("reference"):
         graphs = {
-            "features.onnx": _onnx(export_features(model, size), CONTEXT, ("batch", "height", "width")),
-            "step.onnx": _onnx(export_step(model, size), OUTPUTS, ("batch", "rows", "columns")),
+            "features.onnx": _onnx(export_features(model, size), ("images",), context, ("batch", "height", "width")),
+            "step.onnx": _onnx(export_step(model, size), (*context, *STATE), OUTPUTS, ("batch", "rows", "columns")),
         }
     contents = {name: graph.model_proto.SerializeToString() for name, graph in graphs.items()}
     contents["model.json"] = (json.dumps(_description(model, graphs), indent=1) + "\n").encode()
@@ -144,11 +148,13 @@ def _example(model: RecurrentInstanceSegmenter, size: tuple[int, int] | None) ->
     return torch.zeros(2, 3, height, width, device=next(model.parameters()).device)
 
 
-def _onnx(program: ExportedProgram, outputs: tuple[str, ...], axes: tuple[str, str, str]) -> ONNXProgram:
+def _onnx(
+    program: ExportedProgram, inputs: tuple[str, ...], outputs: tuple[str, ...], axes: tuple[str, str, str]
+) -> ONNXProgram:
     """The graph of a program; `axes` names batch, rows and columns of its first input."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # torch's own, about its own trees
-        graph = torch.onnx.export(program, dynamo=True, output_names=outputs, verbose=False)
+        graph = torch.onnx.export(program, dynamo=True, input_names=inputs, output_names=outputs, verbose=False)
     assert graph is not None
     shape = graph.model.graph.inputs[0].shape
     assert shape is not None

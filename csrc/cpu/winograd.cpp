@@ -14,6 +14,7 @@
 #include "../stable_abi.h"
 #include "aligned.h"
 #include "layout.h"
+#include "matmul.h"
 #include "simd.h"
 
 #include <algorithm>
@@ -22,13 +23,12 @@ namespace fastris {
 namespace {
 
 constexpr int64_t kPlaces = 16;
-constexpr int64_t kRows = 6;  // of a matrix product that are computed together
-constexpr int64_t kLongestSum = 64;
 constexpr int64_t kStrip = 4 * kRows;  // tiles at a time: their places stay in the second level of cache
 constexpr int64_t kGradientStrip = 8 * kRows;  // more for the weight, whose gradient is read and written once a strip
 constexpr int64_t kGradientParts = 4;  // sums of their own, whatever the number of threads
 
-inline int64_t padded(int64_t channels) { return (channels + 15) / 16 * 16; }  // whole vectors of any width
+// Room for n numbers from one place to the next: not a power of two, so that the 16 do not share a set of the cache.
+inline int64_t skewed(int64_t n) { return padded(n) + 16; }
 
 // Pixels of (B, H, W, channels) and their tiles.
 struct Tiles {
@@ -168,75 +168,6 @@ FASTRIS_INLINE void transform_outputs(
   }
 }
 
-// c[kRows][Vectors] (+)= Σ_k a[row·a_row + k·a_step] · b[k·n], kept in registers meanwhile.
-template <int Bytes, int Vectors, bool Add>
-FASTRIS_INLINE void multiply_block(
-    int64_t depth, const float* a, int64_t a_row, int64_t a_step, const float* b, int64_t n, float* c) {
-  using Real = Vector<float, Bytes>;
-  constexpr int lanes = VectorOf<float, Bytes>::lanes;
-  Real sum[kRows][Vectors] = {};
-  for (int64_t k = 0; k < depth; ++k) {
-    Real right[Vectors];
-#pragma GCC unroll 4
-    for (int v = 0; v < Vectors; ++v) right[v] = vector_at<Bytes>(b + k * n + v * lanes);
-#pragma GCC unroll 6
-    for (int r = 0; r < kRows; ++r) {
-      const float left = a[r * a_row + k * a_step];
-#pragma GCC unroll 4
-      for (int v = 0; v < Vectors; ++v) sum[r][v] += left * right[v];
-    }
-  }
-#pragma GCC unroll 6
-  for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 4
-    for (int v = 0; v < Vectors; ++v) {
-      Real& to = vector_at<Bytes>(c + r * n + v * lanes);
-      if constexpr (Add) {
-        to += sum[r][v];
-      } else {
-        to = sum[r][v];
-      }
-    }
-  }
-}
-
-template <int Bytes, int Most, bool Add>
-FASTRIS_INLINE void multiply_block_of(
-    int64_t vectors, int64_t depth, const float* a, int64_t a_row, int64_t a_step, const float* b, int64_t n, float* c) {
-  switch (vectors) {
-    case 4: return multiply_block<Bytes, Most == 4 ? 4 : 1, Add>(depth, a, a_row, a_step, b, n, c);
-    case 3: return multiply_block<Bytes, Most == 4 ? 3 : 1, Add>(depth, a, a_row, a_step, b, n, c);
-    case 2: return multiply_block<Bytes, 2, Add>(depth, a, a_row, a_step, b, n, c);
-    default: return multiply_block<Bytes, 1, Add>(depth, a, a_row, a_step, b, n, c);
-  }
-}
-
-// c[rows × n] (+)= a · b with n whole vectors, rows whole blocks; b is [depth × n]. Long sums are made of shorter ones,
-// which lose fewer digits.
-template <int Bytes, bool Add>
-FASTRIS_INLINE void multiply(
-    int64_t rows, int64_t n, int64_t depth, const float* a, int64_t a_row, int64_t a_step, const float* b, float* c) {
-  constexpr int lanes = VectorOf<float, Bytes>::lanes;
-  constexpr int most = Bytes == 64 ? 4 : 2;  // as many vectors as there are registers for
-  for (int64_t k = 0; k < depth; k += kLongestSum) {
-    const int64_t some = std::min(kLongestSum, depth - k);
-    const float* right = b + k * n;
-    for (int64_t j = 0; j < n;) {
-      const int64_t vectors = std::min<int64_t>(most, (n - j) / lanes);
-      for (int64_t i = 0; i < rows; i += kRows) {
-        const float* left = a + i * a_row + k * a_step;
-        float* to = c + i * n + j;
-        if (Add || k > 0) {
-          multiply_block_of<Bytes, most, true>(vectors, some, left, a_row, a_step, right + j, n, to);
-        } else {
-          multiply_block_of<Bytes, most, false>(vectors, some, left, a_row, a_step, right + j, n, to);
-        }
-      }
-      j += vectors * lanes;
-    }
-  }
-}
-
 struct ConvolveKernel {
   Tiles tiles;
   int64_t in, out;
@@ -248,19 +179,19 @@ struct ConvolveKernel {
 
   template <int Bytes>
   FASTRIS_INLINE void run() const {
-    const int64_t n = padded(out);
+    const int64_t n = padded(out), input_place = skewed(kStrip * in), product_place = skewed(kStrip * n);
     const Lanes<float> zeros = new_zeros<float>(in);
-    const Lanes<float> inputs = new_zeros<float>(kPlaces * kStrip * in);
-    const Lanes<float> products = new_lanes<float>(kPlaces * kStrip * n);
+    const Lanes<float> inputs = new_zeros<float>(kPlaces * input_place);
+    const Lanes<float> products = new_lanes<float>(kPlaces * product_place);
     for (int64_t strip = begin; strip < end; ++strip) {
       const int64_t first = strip * kStrip, count = std::min(kStrip, tiles.count - first);
-      transform_inputs<Bytes>(tiles, x, zeros.get(), first, count, in, in, kStrip * in, inputs.get());
+      transform_inputs<Bytes>(tiles, x, zeros.get(), first, count, in, in, input_place, inputs.get());
       for (int64_t place = 0; place < kPlaces; ++place) {
         multiply<Bytes, false>(
-            kStrip, n, in, inputs.get() + place * kStrip * in, in, 1, weight + place * in * n,
-            products.get() + place * kStrip * n);
+            kStrip, n, in, inputs.get() + place * input_place, in, 1, weight + place * in * n,
+            products.get() + place * product_place);
       }
-      transform_outputs<Bytes>(tiles, products.get(), first, count, out, n, kStrip * n, bias, y);
+      transform_outputs<Bytes>(tiles, products.get(), first, count, out, n, product_place, bias, y);
     }
   }
 };
@@ -273,25 +204,26 @@ struct WeightGradientKernel {
   float* sums;  // [part][place][in rounded up to whole blocks][padded out], zeros at first
   int64_t begin, end;  // parts
 
-  int64_t in_rows() const { return (in + kRows - 1) / kRows * kRows; }
+  int64_t in_rows() const { return whole_rows(in); }
   int64_t part_size() const { return kPlaces * in_rows() * padded(out); }
 
   template <int Bytes>
   FASTRIS_INLINE void run() const {
     const int64_t n = padded(out), m = in_rows();
+    const int64_t input_place = skewed(kGradientStrip * m), gradient_place = skewed(kGradientStrip * n);
     const Lanes<float> zeros = new_zeros<float>(std::max(in, out));
-    const Lanes<float> inputs = new_zeros<float>(kPlaces * kGradientStrip * m);
-    const Lanes<float> gradients = new_zeros<float>(kPlaces * kGradientStrip * n);
+    const Lanes<float> inputs = new_zeros<float>(kPlaces * input_place);
+    const Lanes<float> gradients = new_zeros<float>(kPlaces * gradient_place);
     const int64_t strips = (tiles.count + kGradientStrip - 1) / kGradientStrip;
     for (int64_t part = begin; part < end; ++part) {
       for (int64_t strip = strips * part / kGradientParts; strip < strips * (part + 1) / kGradientParts; ++strip) {
         const int64_t first = strip * kGradientStrip, count = std::min(kGradientStrip, tiles.count - first);
-        transform_inputs<Bytes>(tiles, x, zeros.get(), first, count, in, m, kGradientStrip * m, inputs.get());
-        transform_gradients<Bytes>(tiles, dy, zeros.get(), first, count, out, n, kGradientStrip * n, gradients.get());
+        transform_inputs<Bytes>(tiles, x, zeros.get(), first, count, in, m, input_place, inputs.get());
+        transform_gradients<Bytes>(tiles, dy, zeros.get(), first, count, out, n, gradient_place, gradients.get());
         for (int64_t place = 0; place < kPlaces; ++place) {
           multiply<Bytes, true>(
-              m, n, count, inputs.get() + place * kGradientStrip * m, 1, m,
-              gradients.get() + place * kGradientStrip * n, sums + part * part_size() + place * m * n);
+              m, n, count, inputs.get() + place * input_place, 1, m, gradients.get() + place * gradient_place,
+              sums + part * part_size() + place * m * n);
         }
       }
     }
@@ -302,6 +234,27 @@ void check(const Tensor& x, const char* name) {
   FASTRIS_CHECK(
       x.dim() == 4 && x.scalar_type() == ScalarType::Float, "winograd: ", name, " must be float32 (B,C,H,W)");
   FASTRIS_CHECK(is_dense(x, true), "winograd: ", name, " must be channels_last");
+}
+
+// G times a column of three rows of n numbers: four.
+void expand(const float* from, int64_t from_row, float* to, int64_t to_row, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) {
+    const float a = from[i], b = from[from_row + i], c = from[2 * from_row + i];
+    to[i] = a;
+    to[to_row + i] = 0.5f * (a + b + c);
+    to[2 * to_row + i] = 0.5f * (a - b + c);
+    to[3 * to_row + i] = c;
+  }
+}
+
+// Gᵀ times a column of four rows of n numbers: three.
+void contract(const float* from, int64_t from_row, float* to, int64_t to_row, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) {
+    const float a = from[i], b = from[from_row + i], c = from[2 * from_row + i], d = from[3 * from_row + i];
+    to[i] = a + 0.5f * (b + c);
+    to[to_row + i] = 0.5f * (b - c);
+    to[2 * to_row + i] = 0.5f * (b + c) + d;
+  }
 }
 
 // (4, 4, in, padded out) = G w Gᵀ of a weight (out, in, 3, 3); turned around, the roles of in and out exchanged, for the
@@ -317,24 +270,14 @@ Tensor winograd_weight(Tensor weight, bool turned) {
   const int64_t out_step = weight.stride(turned ? 1 : 0), in_step = weight.stride(turned ? 0 : 1);
   const int64_t y_step = weight.stride(2), x_step = weight.stride(3);
   torch::stable::parallel_for(0, in, std::max<int64_t>(1, 4096 / std::max<int64_t>(1, out)), [&](int64_t begin, int64_t end) {
+    const Lanes<float> w = new_zeros<float>(9 * n), e = new_lanes<float>(12 * n);  // [tap][out], G w
     for (int64_t i = begin; i < end; ++i) {
-      for (int64_t o = 0; o < n; ++o) {
-        float w[3][3] = {}, e[4][3];
-        for (int64_t k = 0; o < out && k < 9; ++k) {
-          const int64_t tap = turned ? 8 - k : k;
-          w[k / 3][k % 3] = from[o * out_step + i * in_step + tap / 3 * y_step + tap % 3 * x_step];
-        }
-        for (int64_t k = 0; k < 3; ++k) {
-          e[0][k] = w[0][k];
-          e[1][k] = 0.5f * (w[0][k] + w[1][k] + w[2][k]);
-          e[2][k] = 0.5f * (w[0][k] - w[1][k] + w[2][k]);
-          e[3][k] = w[2][k];
-        }
-        for (int64_t r = 0; r < 4; ++r) {
-          const float places[] = {e[r][0], 0.5f * (e[r][0] + e[r][1] + e[r][2]), 0.5f * (e[r][0] - e[r][1] + e[r][2]), e[r][2]};
-          for (int64_t c = 0; c < 4; ++c) to[((r * 4 + c) * in + i) * n + o] = places[c];
-        }
+      for (int64_t o = 0; o < out; ++o) {
+        const float* taps = from + o * out_step + i * in_step;
+        for (int64_t k = 0; k < 9; ++k) w[(turned ? 8 - k : k) * n + o] = taps[k / 3 * y_step + k % 3 * x_step];
       }
+      for (int64_t k = 0; k < 3; ++k) expand(w.get() + k * n, 3 * n, e.get() + k * n, 3 * n, n);
+      for (int64_t r = 0; r < 4; ++r) expand(e.get() + r * 3 * n, n, to + (r * 4 * in + i) * n, in * n, n);
     }
   });
   return transformed;
@@ -397,25 +340,20 @@ Tensor winograd_weight_gradient(Tensor x, Tensor dy) {
   });
   Tensor gradient = empty_on(x, {out, in, 3, 3}, ScalarType::Float);
   float* to = static_cast<float*>(gradient.data_ptr());
-  for (int64_t o = 0; o < out; ++o) {
-    for (int64_t i = 0; i < in; ++i) {
-      float u[4][4] = {}, e[3][4];
-      for (int64_t place = 0; place < kPlaces; ++place) {
-        for (int64_t part = 0; part < kGradientParts; ++part) {
-          u[place / 4][place % 4] += sums[part * size + (place * m + i) * n + o];
-        }
+  const Lanes<float> u = new_lanes<float>(kPlaces * n), e = new_lanes<float>(12 * n), w = new_lanes<float>(9 * n);
+  for (int64_t i = 0; i < in; ++i) {
+    for (int64_t place = 0; place < kPlaces; ++place) {
+      const float* row = sums.get() + (place * m + i) * n;
+      for (int64_t o = 0; o < n; ++o) {
+        float sum = 0.0f;
+        for (int64_t part = 0; part < kGradientParts; ++part) sum += row[part * size + o];
+        u[place * n + o] = sum;
       }
-      for (int64_t c = 0; c < 4; ++c) {
-        e[0][c] = u[0][c] + 0.5f * (u[1][c] + u[2][c]);
-        e[1][c] = 0.5f * (u[1][c] - u[2][c]);
-        e[2][c] = 0.5f * (u[1][c] + u[2][c]) + u[3][c];
-      }
-      for (int64_t r = 0; r < 3; ++r) {
-        float* row = to + ((o * in + i) * 3 + r) * 3;
-        row[0] = e[r][0] + 0.5f * (e[r][1] + e[r][2]);
-        row[1] = 0.5f * (e[r][1] - e[r][2]);
-        row[2] = 0.5f * (e[r][1] + e[r][2]) + e[r][3];
-      }
+    }
+    for (int64_t c = 0; c < 4; ++c) contract(u.get() + c * n, 4 * n, e.get() + c * n, 4 * n, n);
+    for (int64_t r = 0; r < 3; ++r) contract(e.get() + r * 4 * n, n, w.get() + r * 3 * n, n, n);
+    for (int64_t o = 0; o < out; ++o) {
+      for (int64_t k = 0; k < 9; ++k) to[(o * in + i) * 9 + k] = w[k * n + o];
     }
   }
   return gradient;

@@ -12,6 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastris.nn.dense import DenseHead, DenseMaps
+from fastris.ops.dynamic_mask import dynamic_mask
+from fastris.ops.place_logits import place_logits
+from fastris.reference.dynamic_mask import WIDTH, cell_centres, filter_size
 
 
 class SpatialInhibition(nn.Module):
@@ -60,14 +63,14 @@ class DynamicMaskHead(nn.Module):
     (:mod:`fastris.nn.dense`), and the filter sees how far that is from the middle that the place tells: next to
     nothing for the cells of the same object.
 
-    ``forward(hidden, features, detail, found)`` takes (B, C, h, w), (B, F, h, w), (B, ·, h', w') as ``prepare``
-    returns it and, where the head was made for it, (B, ``found_channels``, h, w), None for zeros. It gives a
-    :class:`Drawn`.
+    ``forward(hidden, features, detail, found, base)`` takes (B, C, h, w), (B, F, h, w), (B, ·, h', w') as ``prepare``
+    returns it, where the head was made for it (B, ``found_channels``, h, w), None for zeros, which gets no gradient,
+    and what ``place_base(features)`` returns, None to compute it. It gives a :class:`Drawn`.
 
     Source of the filter: Tian, Shen & Chen, *Conditional Convolutions for Instance Segmentation*, ECCV 2020.
     """
 
-    width = 8
+    width = WIDTH
     radius = 16.0  # cells of the detail map per unit of the relative coordinates
 
     def __init__(
@@ -93,16 +96,11 @@ class DynamicMaskHead(nn.Module):
         self.describe = nn.Sequential(
             nn.Linear(channels + feature_channels, 2 * inner),
             nn.ReLU(inplace=True),
-            nn.Linear(2 * inner, self.num_weights),
+            nn.Linear(2 * inner, filter_size(dense)),
         )
         self.detail = nn.Conv2d(detail_channels, self.width, 1)
         self.dense_features = DenseHead(feature_channels) if dense else None
         self.dense_detail = DenseHead(self.width) if dense else None
-
-    @property
-    def num_weights(self) -> int:
-        """Size of the generated filter: inputs → width → 1, with biases."""
-        return self.inputs * self.width + self.width + self.width + 1
 
     def prepare(self, detail: Tensor) -> Tensor:
         """The part that is the same at every step: (B, D, h', w') → (B, width, h', w'), and with ``dense`` two channels
@@ -118,49 +116,59 @@ class DynamicMaskHead(nn.Module):
             return None
         return self.dense_features(features), self.dense_detail(detail[:, : self.width])
 
-    def forward(self, hidden: Tensor, features: Tensor, detail: Tensor, found: Tensor | None = None) -> Drawn:
-        state = [_cells(hidden), _cells(features)]
-        logits = self._place_logits([*state, _cells(found)] if self.found_channels and found is not None else state)
+    def place_base(self, features: Tensor) -> Tensor:
+        """The features' part of the place, the same at every step: (B, F, h, w) → (B, ·, h, w)."""
+        first, channels = self._place_layers()[0], features.shape[1]
+        start = first.in_channels - self.found_channels - channels
+        weight = first.weight[:, start : start + channels].flatten(1)
+        return F.linear(features.permute(0, 2, 3, 1), weight, first.bias).permute(0, 3, 1, 2)
+
+    def forward(
+        self,
+        hidden: Tensor,
+        features: Tensor,
+        detail: Tensor,
+        found: Tensor | None = None,
+        base: Tensor | None = None,
+    ) -> Drawn:
+        batch, channels, rows, columns = hidden.shape
+        base = self.place_base(features) if base is None else base
+        maps = self._place_logits(hidden, base, found if self.found_channels else None)
+        logits = maps.flatten(1)
         log_place = F.log_softmax(logits.to(torch.promote_types(logits.dtype, torch.float32)), dim=1)
         peak, chosen = logits.max(1, keepdim=True)
+        grid = cell_centres(rows, columns, log_place) * (detail.shape[2] // rows)  # [2, hw], in cells of the detail
         if self.hard_place:
             place = (torch.arange(logits.shape[1], device=logits.device) == chosen).to(log_place.dtype)
+            seen = [_cells(one).gather(1, chosen.unsqueeze(2).expand(-1, -1, one.shape[1])) for one in (hidden, features)]
+            centre = grid[:, chosen.squeeze(1)].t()
         else:
             place = log_place.exp()
-        place = place.unsqueeze(1)  # [B, 1, hw]
-        attended = torch.cat([torch.bmm(place.to(one.dtype), one).squeeze(1) for one in state], dim=1)  # [B, C + F]
-
-        batch, _, height, width = detail.shape
-        rows, columns = hidden.shape[2:]
-        grid = _cell_centres(rows, columns, log_place) * (height // rows)  # [2, hw], in cells of the detail
-        centre = (place * grid).sum(2)  # [B, 2]; a matrix product would be rounded under autocast
-        offset = (_cell_centres(height, width, log_place) - centre.unsqueeze(2)) / self.radius
-        detail = detail.flatten(2)
-        relative = [offset]
+            seen = [torch.bmm(place.unsqueeze(1).to(one.dtype), _cells(one)) for one in (hidden, features)]
+            centre = (place.unsqueeze(1) * grid).sum(2)  # a matrix product would be rounded under autocast
+        attended = torch.cat(seen, dim=2).squeeze(1)  # [B, C + F]
+        middle = None
         if self.dense_features is not None:
-            middle = self.dense_features(attended[:, hidden.shape[1] :, None, None]).offset.flatten(2)  # [B, 2, 1]
-            relative.append(offset + detail[:, self.width :] - middle)
-        relative = [part for one in relative for part in (one, one.square().sum(1, keepdim=True))]
+            there = self.dense_features(attended[:, channels:, None, None]).offset.flatten(1)  # [B, 2]
+            middle = there.to(log_place.dtype)
+        mask_logits = dynamic_mask(detail, self.describe(attended), centre, middle, self.radius)
+        shape = batch, rows, columns
+        return Drawn(mask_logits, log_place.view(shape), place.view(shape), torch.cat([attended, peak], dim=1))
 
-        sizes = self.inputs * self.width, self.width, self.width, 1
-        first, bias, second, last_bias = self.describe(attended).unsqueeze(2).split(sizes, dim=1)
-        first = first.view(batch, self.width, self.inputs)
-        inner = torch.baddbmm(bias, first[..., : self.width], detail[:, : self.width])
-        inner = torch.baddbmm(inner, first[..., self.width :], torch.cat(relative, dim=1).to(inner.dtype)).relu()
-        mask_logits = torch.baddbmm(last_bias, second.transpose(1, 2), inner).view(batch, height, width)
-        maps = batch, rows, columns
-        return Drawn(mask_logits, log_place.view(maps), place.view(maps), torch.cat([attended, peak], dim=1))
-
-    def _place_logits(self, seen: list[Tensor]) -> Tensor:
-        """(B, hw): ``place`` of maps (B, hw, ·) whose channels follow one another, without putting them together."""
+    def _place_layers(self) -> tuple[nn.Conv2d, nn.Conv2d]:
         first, last = self.place[0], self.place[2]
-        assert isinstance(first, nn.Conv2d) and isinstance(last, nn.Conv2d) and first.bias is not None
-        weight, start, inner = first.weight.flatten(1), 0, first.bias
-        for maps in seen:
-            stop = start + maps.shape[2]
-            inner = inner + F.linear(maps, weight[:, start:stop])
-            start = stop
-        return F.linear(inner.relu(), last.weight.flatten(1), last.bias).squeeze(2)
+        assert isinstance(first, nn.Conv2d) and isinstance(last, nn.Conv2d)
+        return first, last
+
+    def _place_logits(self, hidden: Tensor, base: Tensor, found: Tensor | None) -> Tensor:
+        """(B, h, w): ``place`` of all that it sees, without putting it together."""
+        first, last = self._place_layers()
+        assert last.bias is not None
+        weight = first.weight.flatten(1)
+        moving = [weight[:, : hidden.shape[1]]]
+        if found is not None:
+            moving.append(weight[:, -self.found_channels :])
+        return place_logits(hidden, base, found, torch.cat(moving, dim=1), last.weight.flatten(), last.bias)
 
 
 class ConfidenceHead(nn.Module):
@@ -222,10 +230,3 @@ def spatial_log_softmax(logits: Tensor) -> Tensor:
     """Log-softmax over all places of a map: (B, h, w) → (B, h, w), in fp32 at least."""
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
     return F.log_softmax(wide.flatten(1), dim=1).view_as(logits)
-
-
-def _cell_centres(height: int, width: int, like: Tensor) -> Tensor:
-    """(2, height·width): x and y of the centre of every cell, in cells."""
-    y = torch.arange(height, device=like.device, dtype=like.dtype) + 0.5
-    x = torch.arange(width, device=like.device, dtype=like.dtype) + 0.5
-    return torch.stack([x.expand(height, width), y.unsqueeze(1).expand(height, width)]).flatten(1)

@@ -103,9 +103,10 @@ class _Context(NamedTuple):
     features: Tensor
     hoisted: Tensor  # the input half of the first layer's gates
     detail: Tensor
+    place_base: Tensor | None = None  # of a dynamic mask head
 
     def select(self, images: Tensor) -> _Context:
-        return _Context(*(tensor[images] for tensor in self))
+        return _Context(*(None if tensor is None else tensor[images] for tensor in self))
 
 
 class RecurrentInstanceSegmenter(nn.Module):
@@ -213,26 +214,23 @@ class RecurrentInstanceSegmenter(nn.Module):
         features, detail = self.backbone(images)
         cell = self.cells[0]
         hoisted = conv2d_same(features, cell.conv.weight[:, : features.shape[1]], cell.conv.bias)
-        if isinstance(self.mask_head, DynamicMaskHead):
-            detail = self.mask_head.prepare(detail)
-        return _Context(features, hoisted, detail)
+        if not isinstance(self.mask_head, DynamicMaskHead):
+            return _Context(features, hoisted, detail)
+        return _Context(features, hoisted, self.mask_head.prepare(detail), self.mask_head.place_base(features))
 
     def _step(self, context: _Context, memory: _Memory) -> tuple[_Step, _Memory]:
-        features, hoisted, detail = context
+        features, hoisted, detail, place_base = context
         states: list[State] = []
         for k, layer in enumerate(self.cells):
             weight, bias = layer.conv.weight, layer.conv.bias
             previous = memory.states[k] if memory.states is not None else None
-            moving = [] if previous is None else [previous[0]]  # a zero state needs no convolution
             if k == 0:
-                if memory.found is not None:
-                    moving.insert(0, memory.found)
                 gates, addend, bias = hoisted, None, None
-                if moving:
-                    gates = conv2d_same(torch.cat(moving, dim=1), weight[:, features.shape[1] :])
+                if previous is not None:  # a zero state needs no convolution
+                    gates = conv2d_same(previous[0], weight[:, features.shape[1] :], before=memory.found)
                     addend = hoisted
             else:
-                moving.insert(0, states[-1][0])
+                moving = [states[-1][0]] if previous is None else [states[-1][0], previous[0]]
                 inputs = torch.cat(moving, dim=1)
                 gates, addend = conv2d_same(inputs, weight[:, : inputs.shape[1]]), None
             if previous is None:
@@ -244,7 +242,9 @@ class RecurrentInstanceSegmenter(nn.Module):
         hidden = states[-1][0]
 
         if isinstance(self.mask_head, DynamicMaskHead):
-            mask_logits, log_place, place, attended = self.mask_head(hidden, features, detail, memory.found)
+            mask_logits, log_place, place, attended = self.mask_head(
+                hidden, features, detail, memory.found, place_base
+            )
         else:
             mask_logits, log_place = self.mask_head(hidden)
             place, attended = log_place.exp(), None

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fastris import backend
+
 
 def check_counts(operator: str, name: str, counts: Tensor | None, like: Tensor, like_name: str) -> Tensor | None:
     """Optional counts of a batch as int64 (B,), B being the first dimension of ``like``.
@@ -38,6 +40,19 @@ def autocast_enabled(device_type: str) -> bool:
     Not torch.amp.is_autocast_available, which the compiler of torch 2.11 cannot trace.
     """
     return device_type != "meta" and torch.is_autocast_enabled(device_type)
+
+
+def native_in_fp32(operator: str, *tensors: Tensor | None) -> bool:
+    """Whether an operator whose native kernel is in fp32 alone runs it on these; the reference is the way elsewhere, with
+    ``use_backend("native")`` too."""
+    given = [one for one in tensors if one is not None]
+    device = given[0].device.type
+    return (
+        backend.active_backend() != "reference"
+        and backend.has_native(operator, device)
+        and all(one.dtype == torch.float32 for one in given)
+        and not autocast_enabled(device)
+    )
 
 
 def describe(tensor: Tensor) -> str:

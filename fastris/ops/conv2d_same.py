@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastris import backend, reference
+from fastris.ops.arguments import native_in_fp32
 
 LEAST_CHANNELS = 8
 """Fewer than this on either side are no work for matrix products."""
@@ -23,14 +24,15 @@ LEAST_SIDE = 8
 LEAST_PIXELS = 1024
 """Of a batch: fewer do not make up for the transformation of the weight."""
 
-# Schema. The weight of `winograd_convolve_out` is what `winograd_weight` makes of a (out, in, 3, 3) weight, `turned`
+# Schema. `whole`, where given, is what is convolved: other channels and then those of x, which alone get a gradient; so
+# `skip` says how many come before them. The weight of `winograd_convolve_out` is what `winograd_weight` makes of a (out, in, 3, 3) weight, `turned`
 # for the gradient of the input.
 
 _library = torch.library.Library("fastris", "FRAGMENT")
-_library.define("conv2d_same(Tensor x, Tensor weight, Tensor? bias, int dilation) -> Tensor")
+_library.define("conv2d_same(Tensor x, Tensor weight, Tensor? bias, int dilation, Tensor? whole=None) -> Tensor")
 _library.define(
-    "conv2d_same_backward(Tensor grad, Tensor x, Tensor weight, int dilation, bool need_x, bool need_weight)"
-    " -> (Tensor d_x, Tensor d_weight)"
+    "conv2d_same_backward(Tensor grad, Tensor x, Tensor weight, int dilation, bool need_x, bool need_weight,"
+    " int skip=0) -> (Tensor d_x, Tensor d_weight)"
 )
 _library.define("winograd_weight(Tensor weight, bool turned) -> Tensor")
 _library.define("winograd_convolve_out(Tensor x, Tensor weight, Tensor? bias, Tensor(a!) y) -> ()")
@@ -61,10 +63,6 @@ class SameConvolution:
         return torch.ops.fastris.winograd_weight(self.weight, False)
 
     @cached_property
-    def turned(self) -> Tensor:
-        return torch.ops.fastris.winograd_weight(self.weight, True)
-
-    @cached_property
     def channels_last(self) -> Tensor:
         return channels_last(self.weight)
 
@@ -77,17 +75,25 @@ class SameConvolution:
         torch.ops.fastris.winograd_convolve_out(x, self.transformed, bias, y)
         return y
 
-    def backward(self, grad: Tensor, x: Tensor, need_x: bool, need_weight: bool) -> tuple[Tensor, Tensor]:
-        """Gradients of x and of the weight; those not needed are empty."""
+    @cached_property
+    def turned(self) -> Tensor:
+        return torch.ops.fastris.winograd_weight(self.weight, True)
+
+    def backward(
+        self, grad: Tensor, x: Tensor, need_x: bool, need_weight: bool, skip: int = 0
+    ) -> tuple[Tensor, Tensor]:
+        """Gradients of x, but for its first ``skip`` channels, and of the weight; those not needed are empty."""
         grad, x = channels_last(grad), channels_last(x)
         empty = grad.new_empty(0)
         if not (need_x or need_weight):
             return empty, empty
         if not self.by_winograd(x):
-            return self._backward_by_torch(grad, x, need_x, need_weight)
-        d_x = self.room(x, x.shape[1]) if need_x else empty
+            d_x, d_weight = self._backward_by_torch(grad, x, need_x, need_weight)
+            return channels_last(d_x[:, skip:]) if need_x and skip else d_x, d_weight
+        d_x = self.room(x, x.shape[1] - skip) if need_x else empty
         if need_x:
-            torch.ops.fastris.winograd_convolve_out(grad, self.turned, None, d_x)
+            turned = torch.ops.fastris.winograd_weight(self.weight[:, skip:], True) if skip else self.turned
+            torch.ops.fastris.winograd_convolve_out(grad, turned, None, d_x)
         return d_x, torch.ops.fastris.winograd_weight_gradient(x, grad) if need_weight else empty
 
     def _backward_by_torch(self, grad: Tensor, x: Tensor, need_x: bool, need_weight: bool) -> tuple[Tensor, Tensor]:
@@ -128,14 +134,14 @@ def channels_last(tensor: Tensor) -> Tensor:
 # Kernels
 
 
-def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, dilation: int) -> Tensor:
-    return SameConvolution(weight, dilation).forward(x, bias)
+def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, dilation: int, whole: Tensor | None = None) -> Tensor:
+    return SameConvolution(weight, dilation).forward(x if whole is None else whole, bias)
 
 
 def _backward(
-    grad: Tensor, x: Tensor, weight: Tensor, dilation: int, need_x: bool, need_weight: bool
+    grad: Tensor, x: Tensor, weight: Tensor, dilation: int, need_x: bool, need_weight: bool, skip: int = 0
 ) -> tuple[Tensor, Tensor]:
-    return SameConvolution(weight, dilation).backward(grad, x, need_x, need_weight)
+    return SameConvolution(weight, dilation).backward(grad, x, need_x, need_weight, skip)
 
 
 _library.impl("conv2d_same", _forward, "CompositeExplicitAutograd")
@@ -144,7 +150,7 @@ _library.impl("conv2d_same_backward", _backward, "CompositeExplicitAutograd")
 # Fake kernels
 
 
-def _fake(x: Tensor, weight: Tensor, bias: Tensor | None, dilation: int) -> Tensor:
+def _fake(x: Tensor, weight: Tensor, bias: Tensor | None, dilation: int, whole: Tensor | None = None) -> Tensor:
     return SameConvolution.room(x, weight.shape[0])
 
 
@@ -171,16 +177,19 @@ torch.library.register_fake("fastris::winograd_weight_gradient", _fake_weight_gr
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, weight, bias, ctx.dilation = inputs
-    ctx.save_for_backward(x, weight)
+    x, weight, _, ctx.dilation, whole = inputs
+    ctx.skip = 0 if whole is None else whole.shape[1] - x.shape[1]
+    ctx.save_for_backward(x if whole is None else whole, weight)
 
 
 def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     x, weight = ctx.saved_tensors
     need_x, need_weight, need_bias = ctx.needs_input_grad[:3]
-    d_x, d_weight = torch.ops.fastris.conv2d_same_backward(grad, x, weight, ctx.dilation, need_x, need_weight)
+    d_x, d_weight = torch.ops.fastris.conv2d_same_backward(
+        grad, x, weight, ctx.dilation, need_x, need_weight, ctx.skip
+    )
     d_bias = grad.sum((0, 2, 3)) if need_bias else None
-    return d_x if need_x else None, d_weight if need_weight else None, d_bias, None
+    return d_x if need_x else None, d_weight if need_weight else None, d_bias, None, None
 
 
 def _no_second_gradients(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
@@ -193,17 +202,19 @@ torch.library.register_autograd("fastris::conv2d_same_backward", _no_second_grad
 # The door
 
 
-def conv2d_same(x: Tensor, weight: Tensor, bias: Tensor | None = None, dilation: int = 1) -> Tensor:
+def conv2d_same(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, dilation: int = 1, before: Tensor | None = None
+) -> Tensor:
     """Convolve as :func:`fastris.reference.conv2d_same`, the quickest way there is for the device and dtype.
 
     Args:
         x: (B, in, H, W).
-        weight: (out, in, kh, kw).
+        weight: (out, in, kh, kw), or (out, K + in, kh, kw) with ``before``.
         bias: optional (out,).
         dilation: pixels between the taps of the kernel.
+        before: optional (B, K, H, W), channels ahead of those of x, which get no gradient.
     """
-    device = x.device.type
-    native = backend.active_backend() != "reference" and backend.has_native("conv2d_same", device)
-    if not native or x.dtype != torch.float32 or torch.is_autocast_enabled(device):
-        return reference.conv2d_same(x, weight, bias, dilation)
-    return torch.ops.fastris.conv2d_same(x, weight, bias, dilation)
+    if not native_in_fp32("conv2d_same", x, weight, before):
+        return reference.conv2d_same(x, weight, bias, dilation, before)
+    whole = None if before is None else torch.cat([before.detach(), x.detach()], dim=1)
+    return torch.ops.fastris.conv2d_same(x, weight, bias, dilation, whole)

@@ -3,8 +3,10 @@
 from fastris.reference.assignment import assignment
 from fastris.reference.convlstm import conv2d_same, convlstm
 from fastris.reference.dense_crf import dense_crf
+from fastris.reference.dynamic_mask import dynamic_mask
 from fastris.reference.lstm_gates import lstm_gates
 from fastris.reference.permutohedral import gaussian_sum, permutohedral_filter, permutohedral_lattice
+from fastris.reference.place_logits import place_logits
 from fastris.reference.soft_iou import soft_iou
 
 __all__ = [
@@ -12,9 +14,11 @@ __all__ = [
     "conv2d_same",
     "convlstm",
     "dense_crf",
+    "dynamic_mask",
     "gaussian_sum",
     "lstm_gates",
     "permutohedral_filter",
     "permutohedral_lattice",
+    "place_logits",
     "soft_iou",
 ]

@@ -58,8 +58,15 @@ def convlstm(
     return stacked, hidden, cell
 
 
-def conv2d_same(x: Tensor, weight: Tensor, bias: Tensor | None = None, dilation: int = 1) -> Tensor:
-    """Stride-1 convolution that keeps H and W; an even kernel is padded by one more at the bottom and right."""
+def conv2d_same(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, dilation: int = 1, before: Tensor | None = None
+) -> Tensor:
+    """Stride-1 convolution that keeps H and W; an even kernel is padded by one more at the bottom and right.
+
+    The channels of ``before`` (B, K, H, W) come ahead of those of x, and get no gradient.
+    """
+    if before is not None:
+        x = torch.cat([before.detach(), x], dim=1)
     spans = [dilation * (size - 1) for size in weight.shape[-2:]]
     if not any(span % 2 for span in spans):
         return F.conv2d(x, weight, bias, padding=(spans[0] // 2, spans[1] // 2), dilation=dilation)

@@ -1,0 +1,85 @@
+// Products of small fp32 matrices whose columns are whole vectors.
+#pragma once
+
+#include "simd.h"
+
+#include <algorithm>
+
+namespace fastris {
+
+constexpr int64_t kRows = 6;  // of a matrix product that are computed together
+constexpr int64_t kLongestSum = 64;
+
+inline int64_t padded(int64_t columns) { return (columns + 15) / 16 * 16; }  // whole vectors of any width
+inline int64_t whole_rows(int64_t rows) { return (rows + kRows - 1) / kRows * kRows; }
+
+// c[kRows][Vectors] (+)= Σ_k a[row·a_row + k·a_step] · b[k·n], kept in registers meanwhile.
+template <int Bytes, int Vectors, bool Add>
+FASTRIS_INLINE void multiply_block(
+    int64_t depth, const float* a, int64_t a_row, int64_t a_step, const float* b, int64_t n, float* c) {
+  using Real = Vector<float, Bytes>;
+  constexpr int lanes = VectorOf<float, Bytes>::lanes;
+  Real sum[kRows][Vectors] = {};
+  for (int64_t k = 0; k < depth; ++k) {
+    Real right[Vectors];
+#pragma GCC unroll 4
+    for (int v = 0; v < Vectors; ++v) right[v] = vector_at<Bytes>(b + k * n + v * lanes);
+#pragma GCC unroll 6
+    for (int r = 0; r < kRows; ++r) {
+      const float left = a[r * a_row + k * a_step];
+#pragma GCC unroll 4
+      for (int v = 0; v < Vectors; ++v) sum[r][v] += left * right[v];
+    }
+  }
+#pragma GCC unroll 6
+  for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 4
+    for (int v = 0; v < Vectors; ++v) {
+      Real& to = vector_at<Bytes>(c + r * n + v * lanes);
+      if constexpr (Add) {
+        to += sum[r][v];
+      } else {
+        to = sum[r][v];
+      }
+    }
+  }
+}
+
+template <int Bytes, int Most, bool Add>
+FASTRIS_INLINE void multiply_block_of(
+    int64_t vectors, int64_t depth, const float* a, int64_t a_row, int64_t a_step, const float* b, int64_t n, float* c) {
+  switch (vectors) {
+    case 4: return multiply_block<Bytes, Most == 4 ? 4 : 1, Add>(depth, a, a_row, a_step, b, n, c);
+    case 3: return multiply_block<Bytes, Most == 4 ? 3 : 1, Add>(depth, a, a_row, a_step, b, n, c);
+    case 2: return multiply_block<Bytes, 2, Add>(depth, a, a_row, a_step, b, n, c);
+    default: return multiply_block<Bytes, 1, Add>(depth, a, a_row, a_step, b, n, c);
+  }
+}
+
+// c[rows × n] (+)= a · b with n whole vectors, rows whole blocks; b is [depth × n]. Long sums are made of shorter ones,
+// which lose fewer digits.
+template <int Bytes, bool Add>
+FASTRIS_INLINE void multiply(
+    int64_t rows, int64_t n, int64_t depth, const float* a, int64_t a_row, int64_t a_step, const float* b, float* c) {
+  constexpr int lanes = VectorOf<float, Bytes>::lanes;
+  constexpr int most = Bytes == 64 ? 4 : 2;  // as many vectors as there are registers for
+  for (int64_t k = 0; k < depth; k += kLongestSum) {
+    const int64_t some = std::min(kLongestSum, depth - k);
+    const float* right = b + k * n;
+    for (int64_t j = 0; j < n;) {
+      const int64_t vectors = std::min<int64_t>(most, (n - j) / lanes);
+      for (int64_t i = 0; i < rows; i += kRows) {
+        const float* left = a + i * a_row + k * a_step;
+        float* to = c + i * n + j;
+        if (Add || k > 0) {
+          multiply_block_of<Bytes, most, true>(vectors, some, left, a_row, a_step, right + j, n, to);
+        } else {
+          multiply_block_of<Bytes, most, false>(vectors, some, left, a_row, a_step, right + j, n, to);
+        }
+      }
+      j += vectors * lanes;
+    }
+  }
+}
+
+}  // namespace fastris

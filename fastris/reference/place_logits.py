@@ -1,0 +1,34 @@
+"""How likely each cell of a map is the place to look at."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def place_logits(
+    hidden: Tensor, base: Tensor, found: Tensor | None, weight: Tensor, last: Tensor, last_bias: Tensor
+) -> Tensor:
+    """Two 1×1 convolutions, the inner one rectified: ``last · relu(base + weight · [hidden, found]) + last_bias``.
+
+    Args:
+        hidden: (B, C, H, W).
+        base: (B, N, H, W), the inner layer's part that is the same at every step, bias included.
+        found: optional (B, K, H, W); gets no gradient.
+        weight: (N, C + K), or (N, C) without ``found``.
+        last: (N,).
+        last_bias: (1,).
+
+    Returns:
+        (B, H, W) logits.
+    """
+    channels = hidden.shape[1]
+    inner = _cells(base) + F.linear(_cells(hidden), weight[:, :channels])
+    if found is not None:
+        inner = inner + F.linear(_cells(found.detach()), weight[:, channels:])
+    return F.linear(inner.relu(), last.unsqueeze(0), last_bias).view(hidden.shape[0], *hidden.shape[2:])
+
+
+def _cells(maps: Tensor) -> Tensor:
+    """(B, C, H, W) → (B, HW, C), of maps in channels_last a view."""
+    return maps.permute(0, 2, 3, 1).flatten(1, 2)
