@@ -10,6 +10,7 @@ from torch import Tensor
 import costs
 import fastris
 from fastris.nn.loss import LossTerms
+from fastris.training.graphed import new_adam
 from peers import Peer
 
 TOLERANCE = {"float32": {"loss": 1e-5, "gradient": 1e-3}, "bfloat16": {"loss": 1e-2, "gradient": 0.3}}
@@ -49,7 +50,7 @@ class Step:
         """One step of the model that this peer trains."""
         if peer not in self._trained:
             model = new_model()
-            self._trained[peer] = model, torch.optim.Adam(model.parameters(), lr=1e-3)
+            self._trained[peer] = model, new_adam(model.parameters(), 1e-3, self.images.device)
         model, optimizer = self._trained[peer]
         optimizer.zero_grad()
         self.loss(model).total.backward()

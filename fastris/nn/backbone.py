@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastris.nn.pointwise import Pointwise
 from fastris.ops.conv2d_same import conv2d_same
 
 
@@ -80,9 +81,9 @@ class SmallFCN(Backbone):
             nn.Sequential(_conv_block(narrow, wide, stride=2), _conv_block(wide, wide))
             for narrow, wide in zip(channels[:3], channels[1:], strict=True)
         )
-        self.lateral = nn.ModuleList(nn.Conv2d(channels[k + 1], channels[k], 1) for k in range(self.finest, 3))
+        self.lateral = nn.ModuleList(Pointwise(channels[k + 1], channels[k]) for k in range(self.finest, 3))
         self.fuse = nn.ModuleList(_conv_block(channels[k], channels[k]) for k in range(self.finest, 3))
-        self.project = nn.Conv2d(channels[0 if stride == 2 else 1], out_channels, 1)
+        self.project = Pointwise(channels[0 if stride == 2 else 1], out_channels)
 
     def normalize(self, images: Tensor) -> Tensor:
         """Zero mean and unit deviation per image, so that dim and bright stains look alike."""

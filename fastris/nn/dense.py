@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastris.nn.pointwise import Pointwise
+
 
 class DenseMaps(NamedTuple):
     """Attributes:
@@ -31,7 +33,7 @@ class DenseHead(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.read = nn.Conv2d(channels, 4, 1)
+        self.read = Pointwise(channels, 4)
 
     def forward(self, maps: Tensor) -> DenseMaps:
         read = self.read(maps)

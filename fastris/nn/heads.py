@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastris.nn.dense import DenseHead, DenseMaps
+from fastris.nn.pointwise import Pointwise
 from fastris.ops.dynamic_mask import dynamic_mask
 from fastris.ops.place_logits import place_logits
 from fastris.reference.dynamic_mask import WIDTH, cell_centres, filter_size
@@ -28,7 +29,7 @@ class SpatialInhibition(nn.Module):
 
     def __init__(self, channels: int, init: float = 1.0) -> None:
         super().__init__()
-        self.project = nn.Conv2d(channels, 1, 1)
+        self.project = Pointwise(channels, 1)
         self.scalar = nn.Parameter(torch.tensor(float(init)))
 
     def forward(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
@@ -89,16 +90,16 @@ class DynamicMaskHead(nn.Module):
         self.attended_channels = channels + feature_channels + 1
         self.inputs = self.width + (6 if dense else 3)
         self.place = nn.Sequential(
-            nn.Conv2d(channels + feature_channels + found_channels, inner, 1),
+            Pointwise(channels + feature_channels + found_channels, inner),
             nn.ReLU(inplace=True),
-            nn.Conv2d(inner, 1, 1),
+            Pointwise(inner, 1),
         )
         self.describe = nn.Sequential(
             nn.Linear(channels + feature_channels, 2 * inner),
             nn.ReLU(inplace=True),
             nn.Linear(2 * inner, filter_size(dense)),
         )
-        self.detail = nn.Conv2d(detail_channels, self.width, 1)
+        self.detail = Pointwise(detail_channels, self.width)
         self.dense_features = DenseHead(feature_channels) if dense else None
         self.dense_detail = DenseHead(self.width) if dense else None
 
@@ -155,9 +156,9 @@ class DynamicMaskHead(nn.Module):
         shape = batch, rows, columns
         return Drawn(mask_logits, log_place.view(shape), place.view(shape), torch.cat([attended, peak], dim=1))
 
-    def _place_layers(self) -> tuple[nn.Conv2d, nn.Conv2d]:
+    def _place_layers(self) -> tuple[Pointwise, Pointwise]:
         first, last = self.place[0], self.place[2]
-        assert isinstance(first, nn.Conv2d) and isinstance(last, nn.Conv2d)
+        assert isinstance(first, Pointwise) and isinstance(last, Pointwise)
         return first, last
 
     def _place_logits(self, hidden: Tensor, base: Tensor, found: Tensor | None) -> Tensor:

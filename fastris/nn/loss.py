@@ -60,7 +60,7 @@ def match(
     """
     check_pred_and_target(pred, target)
     if target.dim() == 3:
-        pred = pred.masked_fill((target < 0).unsqueeze(1), 0.0)
+        pred = torch.where((target < 0).unsqueeze(1), 0.0, pred)
     iou = soft_iou(pred, target, num_pred, num_target, num_labels)
     cost = -iou.detach() if bonus is None else -(iou.detach() + bonus)
     target_of_pred = assignment(cost, num_pred, num_target).col_of_row

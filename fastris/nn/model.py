@@ -250,10 +250,10 @@ class RecurrentInstanceSegmenter(nn.Module):
             place, attended = log_place.exp(), None
         found = None
         if self.config.feedback:
-            mask = mask_logits.detach().sigmoid().unsqueeze(1)
+            mask = mask_logits.detach().sigmoid()
             if mask.shape[-2:] != hidden.shape[-2:]:
                 mask = F.avg_pool2d(mask, self.backbone.stride // self.stride)
-            found = torch.cat([mask, place.detach().unsqueeze(1)], dim=1).to(hidden.dtype)
+            found = torch.stack([mask, place.detach()], dim=3).permute(0, 3, 1, 2).to(hidden.dtype)
             if memory.found is not None:
                 found = torch.maximum(memory.found, found)
         return _Step(mask_logits, self.confidence_head(hidden, attended), log_place), _Memory(states, found)

@@ -216,5 +216,5 @@ def conv2d_same(
     """
     if not native_in_fp32("conv2d_same", x, weight, before):
         return reference.conv2d_same(x, weight, bias, dilation, before)
-    whole = None if before is None else torch.cat([before.detach(), x.detach()], dim=1)
+    whole = None if before is None else channels_last(torch.cat([before.detach(), x.detach()], dim=1))
     return torch.ops.fastris.conv2d_same(x, weight, bias, dilation, whole)

@@ -34,9 +34,9 @@ def can_be_graphed(device: torch.device) -> bool:
 
 
 def new_adam(parameters: Iterable[Tensor], learning_rate: float, device: torch.device) -> torch.optim.Adam:
-    """Adam; on CUDA fused, with its rate and step count on the device, so that a graph can hold it."""
+    """Adam, fused; on CUDA with its rate and step count on the device, so that a graph can hold it."""
     if device.type != "cuda":
-        return torch.optim.Adam(parameters, lr=learning_rate)
+        return torch.optim.Adam(parameters, lr=learning_rate, fused=True)
     rate = torch.tensor(learning_rate, device=device)
     return torch.optim.Adam(parameters, lr=rate, fused=True, capturable=True)
 
