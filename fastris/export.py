@@ -45,8 +45,9 @@ class Features(nn.Module):
 class Step(nn.Module):
     """``forward(*context, hidden, cell, found)`` → score, mask and the next hidden, cell and found.
 
-    The context is what :class:`Features` returns. The state, zero at first, is hidden and cell (L, B, C, h, w) and found (B, 2, h, w). Score (B,) is the confidence
-    that this step has found an object, and mask (B, H', W') the probability of each pixel, both in [0, 1].
+    The context is what :class:`Features` returns. The state, zero at first, is hidden and cell (L, B, C, h, w) and
+    found (B, 2, h, w). Score (B,) is the confidence that this step has found an object, and mask (B, H', W') the
+    probability of each pixel, both in [0, 1].
     """
 
     def __init__(self, model: RecurrentInstanceSegmenter) -> None:

@@ -89,8 +89,10 @@ def test_info_is_json_and_lists_every_operator() -> None:
         "assignment",
         "conv2d_same",
         "convlstm",
+        "dynamic_mask",
         "lstm_gates",
         "permutohedral",
+        "place_logits",
         "soft_iou",
     }
     for devices in facts["operators"].values():

@@ -108,7 +108,7 @@ class DynamicMaskHead(nn.Module):
         more, x and y to the middle of a cell's object."""
         detail = self.detail(detail)
         if self.dense_detail is None:
-            return detail
+            return detail.contiguous()
         return torch.cat([detail, self.dense_detail(detail).offset], dim=1).contiguous()
 
     def dense_maps(self, features: Tensor, detail: Tensor) -> tuple[DenseMaps, DenseMaps] | None:
@@ -141,7 +141,8 @@ class DynamicMaskHead(nn.Module):
         grid = cell_centres(rows, columns, log_place) * (detail.shape[2] // rows)  # [2, hw], in cells of the detail
         if self.hard_place:
             place = (torch.arange(logits.shape[1], device=logits.device) == chosen).to(log_place.dtype)
-            seen = [_cells(one).gather(1, chosen.unsqueeze(2).expand(-1, -1, one.shape[1])) for one in (hidden, features)]
+            there = chosen.unsqueeze(2)  # [B, 1, 1]
+            seen = [_cells(one).gather(1, there.expand(-1, -1, one.shape[1])) for one in (hidden, features)]
             centre = grid[:, chosen.squeeze(1)].t()
         else:
             place = log_place.exp()
@@ -150,8 +151,8 @@ class DynamicMaskHead(nn.Module):
         attended = torch.cat(seen, dim=2).squeeze(1)  # [B, C + F]
         middle = None
         if self.dense_features is not None:
-            there = self.dense_features(attended[:, channels:, None, None]).offset.flatten(1)  # [B, 2]
-            middle = there.to(log_place.dtype)
+            middle = self.dense_features(attended[:, channels:, None, None]).offset.flatten(1)  # [B, 2]
+            middle = middle.to(log_place.dtype)
         mask_logits = dynamic_mask(detail, self.describe(attended), centre, middle, self.radius)
         shape = batch, rows, columns
         return Drawn(mask_logits, log_place.view(shape), place.view(shape), torch.cat([attended, peak], dim=1))

@@ -106,7 +106,8 @@ class _Context(NamedTuple):
     place_base: Tensor | None = None  # of a dynamic mask head
 
     def select(self, images: Tensor) -> _Context:
-        return _Context(*(None if tensor is None else tensor[images] for tensor in self))
+        features, hoisted, detail = (tensor[images] for tensor in self[:3])
+        return _Context(features, hoisted, detail, None if self.place_base is None else self.place_base[images])
 
 
 class RecurrentInstanceSegmenter(nn.Module):
@@ -242,9 +243,7 @@ class RecurrentInstanceSegmenter(nn.Module):
         hidden = states[-1][0]
 
         if isinstance(self.mask_head, DynamicMaskHead):
-            mask_logits, log_place, place, attended = self.mask_head(
-                hidden, features, detail, memory.found, place_base
-            )
+            mask_logits, log_place, place, attended = self.mask_head(hidden, features, detail, memory.found, place_base)
         else:
             mask_logits, log_place = self.mask_head(hidden)
             place, attended = log_place.exp(), None

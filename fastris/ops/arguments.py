@@ -43,8 +43,10 @@ def autocast_enabled(device_type: str) -> bool:
 
 
 def native_in_fp32(operator: str, *tensors: Tensor | None) -> bool:
-    """Whether an operator whose native kernel is in fp32 alone runs it on these; the reference is the way elsewhere, with
-    ``use_backend("native")`` too."""
+    """Whether an operator whose native kernel is in fp32 alone runs it on these.
+
+    Elsewhere the reference is the way, with ``use_backend("native")`` too.
+    """
     given = [one for one in tensors if one is not None]
     device = given[0].device.type
     return (

@@ -24,9 +24,9 @@ LEAST_SIDE = 8
 LEAST_PIXELS = 1024
 """Of a batch: fewer do not make up for the transformation of the weight."""
 
-# Schema. `whole`, where given, is what is convolved: other channels and then those of x, which alone get a gradient; so
-# `skip` says how many come before them. The weight of `winograd_convolve_out` is what `winograd_weight` makes of a (out, in, 3, 3) weight, `turned`
-# for the gradient of the input.
+# Schema. `whole`, where given, is what is convolved: other channels and then those of x, which alone get a gradient;
+# `skip` says how many come before them. The weight of `winograd_convolve_out` is what `winograd_weight` makes of a
+# (out, in, 3, 3) weight, `turned` for the gradient of the input.
 
 _library = torch.library.Library("fastris", "FRAGMENT")
 _library.define("conv2d_same(Tensor x, Tensor weight, Tensor? bias, int dilation, Tensor? whole=None) -> Tensor")
@@ -185,9 +185,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     x, weight = ctx.saved_tensors
     need_x, need_weight, need_bias = ctx.needs_input_grad[:3]
-    d_x, d_weight = torch.ops.fastris.conv2d_same_backward(
-        grad, x, weight, ctx.dilation, need_x, need_weight, ctx.skip
-    )
+    d_x, d_weight = torch.ops.fastris.conv2d_same_backward(grad, x, weight, ctx.dilation, need_x, need_weight, ctx.skip)
     d_bias = grad.sum((0, 2, 3)) if need_bias else None
     return d_x if need_x else None, d_weight if need_weight else None, d_bias, None, None
 

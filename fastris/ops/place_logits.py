@@ -1,7 +1,7 @@
 """``place_logits``: which cell a step looks at, ``torch.ops.fastris.place_logits``.
 
-B = batch, C = channels of the hidden state, K = of what was found, N = between the two layers. Native on the CPU in fp32,
-where a tile of cells goes through both layers at once; on CUDA and in other dtypes the reference runs.
+B = batch, C = channels of the hidden state, K = of what was found, N = between the two layers. Native on the CPU in
+fp32, where a tile of cells goes through both layers at once; on CUDA and in other dtypes the reference runs.
 """
 
 from __future__ import annotations

@@ -17,9 +17,9 @@ def filter_size(middle: bool) -> int:
 def dynamic_mask(detail: Tensor, filter: Tensor, centre: Tensor, middle: Tensor | None, radius: float) -> Tensor:
     """Two 1×1 layers, the inner one rectified, over detail and coordinates; each image has its own.
 
-    A pixel shows its 8 channels of detail and its offset from the centre, x, y and x² + y², in units of ``radius``. With
-    a middle, detail has two channels more, which lead from the pixel to a point, and it also shows that point's offset
-    from the middle.
+    A pixel shows its 8 channels of detail and its offset from the centre, x, y and x² + y², in units of ``radius``.
+    With a middle, detail has two channels more, which lead from the pixel to a point, and the pixel also shows that
+    point's offset from the middle.
 
     Args:
         detail: (B, 8, H, W), or (B, 10, H, W) with ``middle``.

@@ -67,6 +67,33 @@ def test_every_kernel_equals_the_reference(kernel: tuple[int, int], dilation: in
         torch.testing.assert_close(ours, theirs, **tolerance)
 
 
+@pytest.mark.parametrize("shape", [(4, 2, 32, 48, 17, 16), (2, 3, 5, 9, 4, 3)])  # by Winograd, and by torch
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_channels_before_those_of_x_take_part_without_a_gradient(
+    shape: tuple[int, ...], layout: torch.memory_format
+) -> None:
+    batch, more, inputs, out, height, width = shape
+    before, x = (torch.randn(batch, c, height, width).contiguous(memory_format=layout) for c in (more, inputs))
+    weight = torch.randn(out, more + inputs, 3, 3, requires_grad=True)
+    before.requires_grad_(), x.requires_grad_()
+    grad = torch.randn(batch, out, height, width)
+
+    def gradients(y: Tensor) -> tuple[Tensor, ...]:
+        return (y, *torch.autograd.grad(y, (x, weight), grad))
+
+    whole = SameConvolution(weight.detach()).by_winograd(torch.cat([before, x], 1))
+    assert whole == (inputs == 32)
+    expected = gradients(torch.ops.fastris.conv2d_same(torch.cat([before, x], 1), weight, None, 1))
+    for backend_name in ("native", "reference"):
+        with fastris.use_backend(backend_name):
+            y = conv2d_same(x, weight, before=before)
+        assert torch.autograd.grad(y.sum(), before, allow_unused=True, retain_graph=True) == (None,)
+        for ours, theirs in zip(gradients(y), expected, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+    y = conv2d_same(x, weight, before=before)
+    assert gradients(y)[1].is_contiguous(memory_format=torch.channels_last)
+
+
 def test_which_convolutions_go_by_winograd() -> None:
     x, weight = torch.zeros(16, 8, 8, 8), torch.zeros(16, 8, 3, 3)
     assert SameConvolution(weight).by_winograd(x)
@@ -121,7 +148,9 @@ def test_opcheck_and_one_graph() -> None:
     x, weight = torch.randn(15, 8, 8, 9, requires_grad=True), torch.randn(12, 8, 3, 3, requires_grad=True)
     bias = torch.randn(12, requires_grad=True)
     torch.library.opcheck(torch.ops.fastris.conv2d_same.default, (x, weight, bias, 1))
-    arguments = (torch.randn(15, 12, 8, 9), x.detach(), weight.detach(), 1, True, True)
+    part = x.detach()[:, 3:].requires_grad_()
+    torch.library.opcheck(torch.ops.fastris.conv2d_same.default, (part, weight, bias, 1, x.detach()))
+    arguments = (torch.randn(15, 12, 8, 9), x.detach(), weight.detach(), 1, True, True, 3)
     torch.library.opcheck(torch.ops.fastris.conv2d_same_backward.default, arguments)
     compiled = torch.compile(lambda *inputs: conv2d_same(*inputs).relu(), fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(x, weight, bias), conv2d_same(x, weight, bias).relu())

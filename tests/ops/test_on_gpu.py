@@ -16,6 +16,8 @@ from fastris.nn.loss import RISLoss, match
 from fastris.nn.matcher import HungarianMatcher, MaskHungarianMatcher
 from fastris.nn.model import RISOutput
 from fastris.ops.conv2d_same import conv2d_same
+from fastris.ops.dynamic_mask import dynamic_mask
+from fastris.ops.place_logits import place_logits
 
 pytestmark = pytest.mark.skipif(backend.native_error() is not None, reason="fastris._C is not built")
 
@@ -69,6 +71,26 @@ def convolution_inputs(batch: int) -> Inputs:
         "x": torch.randn(batch, 6, 9, 11, dtype=torch.float64),
         "weight": torch.randn(10, 6, 3, 3, dtype=torch.float64) / 7,
         "bias": torch.randn(10, dtype=torch.float64),
+    }
+
+
+def place_inputs(batch: int) -> Inputs:
+    return {
+        "hidden": torch.randn(batch, 6, 9, 11, dtype=torch.float64),
+        "base": torch.randn(batch, 10, 9, 11, dtype=torch.float64),
+        "found": torch.rand(batch, 2, 9, 11, dtype=torch.float64),
+        "weight": torch.randn(10, 8, dtype=torch.float64) / 3,
+        "last": torch.randn(10, dtype=torch.float64) / 3,
+        "last_bias": torch.randn(1, dtype=torch.float64),
+    }
+
+
+def drawing_inputs(batch: int) -> Inputs:
+    return {
+        "detail": torch.randn(batch, 10, 9, 11, dtype=torch.float64),
+        "filter": torch.randn(batch, 129, dtype=torch.float64) / 4,
+        "centre": torch.rand(batch, 2, dtype=torch.float64) * 9,
+        "middle": torch.randn(batch, 2, dtype=torch.float64),
     }
 
 
@@ -161,6 +183,8 @@ OPERATORS = {
     "convlstm, wide": Operator(partial(fastris.convlstm, steps=2), partial(layer_inputs, channels=72, inputs=3)),
     "convlstm of a sequence": Operator(fastris.convlstm, partial(layer_inputs, channels=12, inputs=5, varying=True)),
     "conv2d_same": Operator(conv2d_same, convolution_inputs),
+    "place_logits": Operator(place_logits, place_inputs, (torch.float32,), frozenset({"found"})),
+    "dynamic_mask": Operator(partial(dynamic_mask, radius=16.0), drawing_inputs, (torch.float32,)),
     "match": Operator(partial(match, num_labels=6), partial(labelled, preds=8, targets=6), (torch.float32,)),
     "RISLoss, all": Operator(partial(ris_loss, "all"), loss_inputs, (torch.float32,)),
     "RISLoss, first_n": Operator(partial(ris_loss, "first_n"), loss_inputs, (torch.float32,)),
