@@ -40,6 +40,7 @@ struct Cells {
       std::memcpy(seen + cell * row(), hidden + (first + cell) * channels, channels * sizeof(float));
       if (more > 0) std::memcpy(seen + cell * row() + channels, found + (first + cell) * more, more * sizeof(float));
       std::memcpy(layer + cell * n(), base + (first + cell) * inner, inner * sizeof(float));
+      std::fill(layer + cell * n() + inner, layer + (cell + 1) * n(), 0.0f);  // not what a NaN left there
     }
     multiply<Bytes, true>(kTile, n(), width(), seen, row(), 1, weight, layer);
   }
@@ -147,6 +148,7 @@ struct Call {
     cells.channels = hidden.size(1);
     cells.more = found ? found->size(1) : 0;
     cells.inner = base.size(1);
+    FASTRIS_CHECK(cells.inner > 0, "place_logits: base must have channels");
     FASTRIS_CHECK(
         weight_.dim() == 2 && weight_.size(0) == cells.inner && weight_.size(1) == cells.width() &&
             weight_.scalar_type() == ScalarType::Float,
@@ -197,7 +199,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> place_logits_backward(
   Call<Backward> call(hidden, base, found, weight, last, last_bias);
   Backward& kernel = call.kernel;
   FASTRIS_CHECK(
-      grad.dim() == 3 && grad.numel() == kernel.count && grad.scalar_type() == ScalarType::Float,
+      grad.dim() == 3 && grad.size(0) == hidden.size(0) && grad.size(1) == hidden.size(2) &&
+          grad.size(2) == hidden.size(3) && grad.scalar_type() == ScalarType::Float,
       "place_logits: grad must be float32 (B,H,W)");
   grad = torch::stable::contiguous(grad);
   const int64_t B = hidden.size(0), H = hidden.size(2), W = hidden.size(3);

@@ -64,9 +64,10 @@ class DynamicMaskHead(nn.Module):
     (:mod:`fastris.nn.dense`), and the filter sees how far that is from the middle that the place tells: next to
     nothing for the cells of the same object.
 
-    ``forward(hidden, features, detail, found, base)`` takes (B, C, h, w), (B, F, h, w), (B, ·, h', w') as ``prepare``
-    returns it, where the head was made for it (B, ``found_channels``, h, w), None for zeros, which gets no gradient,
-    and what ``place_base(features)`` returns, None to compute it. It gives a :class:`Drawn`.
+    ``forward(hidden, features, detail, found, base)`` takes (B, C, h, w), (B, F, h, w) and (B, ·, h', w') as
+    ``prepare`` returns it. ``found``, where the head was made for it, is (B, ``found_channels``, h, w) or None for
+    zeros, and gets no gradient; ``base`` is what ``place_base(features)`` returns, or None to compute it. It gives a
+    :class:`Drawn`.
 
     Source of the filter: Tian, Shen & Chen, *Conditional Convolutions for Instance Segmentation*, ECCV 2020.
     """
@@ -122,7 +123,8 @@ class DynamicMaskHead(nn.Module):
         first, channels = self._place_layers()[0], features.shape[1]
         start = first.in_channels - self.found_channels - channels
         weight = first.weight[:, start : start + channels].flatten(1)
-        return F.linear(features.permute(0, 2, 3, 1), weight, first.bias).permute(0, 3, 1, 2)
+        assert first.bias is not None  # added last: under autocast the sum is then in fp32
+        return (F.linear(features.permute(0, 2, 3, 1), weight) + first.bias).permute(0, 3, 1, 2)
 
     def forward(
         self,

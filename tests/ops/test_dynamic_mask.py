@@ -177,6 +177,13 @@ def test_the_kernel_checks_what_it_is_given(change: Any, message: str) -> None:
 
 
 @native
+def test_the_backward_checks_the_shape_of_the_gradient() -> None:
+    given = tuple(one.detach() for one in arguments((2, 4, 6), True))
+    with pytest.raises(RuntimeError, match=r"dynamic_mask: grad must be float32 \(B,H,W\)"):
+        torch.ops.fastris.dynamic_mask_backward(torch.zeros(2, 6, 4), *given, RADIUS)
+
+
+@native
 @pytest.mark.parametrize("level", ["default", "avx2"])
 def test_every_instruction_set_finds_the_same(level: str, at_simd_level: Any) -> None:
     at_simd_level(

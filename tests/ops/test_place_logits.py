@@ -96,8 +96,9 @@ def test_any_layout_is_taken_and_gradients_are_channels_last() -> None:
 
 
 @native
-def test_the_bits_do_not_depend_on_the_threads() -> None:
-    given, grad = arguments(SHAPES[0]), torch.randn(2, 16, 18)
+@pytest.mark.parametrize("inner", [32, 20])
+def test_the_bits_do_not_depend_on_the_threads(inner: int) -> None:
+    given, grad = arguments((2, 32, 2, inner, 16, 18)), torch.randn(2, 16, 18)
     before, runs = torch.get_num_threads(), []
     try:
         for threads in (1, 2):
@@ -109,12 +110,22 @@ def test_the_bits_do_not_depend_on_the_threads() -> None:
 
 
 @native
-def test_a_nan_stays_in_its_cell() -> None:
-    given = arguments(SHAPES[0])
+@pytest.mark.parametrize("inner", [32, 20])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_nan_or_infinity_stays_in_its_cell(inner: int, value: float) -> None:
+    given = arguments((2, 30, 2, inner, 10, 12))
+
+    def elsewhere() -> list[Tensor]:
+        """Logits and gradients of the maps in all cells but the first."""
+        logits = torch.ops.fastris.place_logits(*given).flatten()[1:]
+        gradients = torch.autograd.grad(logits.sum(), given[:2])
+        return [logits, *(one.permute(0, 2, 3, 1).flatten(0, 2)[1:] for one in gradients)]
+
+    expected = elsewhere()
     with torch.no_grad():
-        given[0][1, 3, 5, 6] = float("nan")
-    logits = torch.ops.fastris.place_logits(*given)
-    assert logits[1, 5, 6].isnan() and logits.isnan().sum() == 1
+        given[0][0, 3, 0, 0] = value
+    assert not torch.ops.fastris.place_logits(*given)[0, 0, 0].isfinite()
+    assert all(torch.equal(one, other) for one, other in zip(elsewhere(), expected, strict=True))
 
 
 def test_other_dtypes_autocast_and_the_reference_back_end_take_the_reference() -> None:
@@ -171,6 +182,13 @@ def test_the_kernel_checks_what_it_is_given(change: Any, message: str) -> None:
     given = change(tuple(one.detach() for one in arguments(SHAPES[0])))
     with pytest.raises(RuntimeError, match=f"place_logits: {message}"):
         torch.ops.fastris.place_logits(*given)
+
+
+@native
+def test_the_backward_checks_the_shape_of_the_gradient() -> None:
+    given = tuple(one.detach() for one in arguments(SHAPES[0]))
+    with pytest.raises(RuntimeError, match=r"place_logits: grad must be float32 \(B,H,W\)"):
+        torch.ops.fastris.place_logits_backward(torch.zeros(2, 18, 16), *given)
 
 
 @native
