@@ -6,6 +6,7 @@
 #include "../stable_abi.h"
 #include "aligned.h"
 #include "layout.h"
+#include "parallel.h"
 #include "simd.h"
 
 #include <algorithm>
@@ -116,9 +117,8 @@ struct Forward : Maps {
           Real in[kMostInputs], inner[kWidth];
           image.template look<bytes.value>(row - b * H, x, in, inner);
           Real logit = Real{} + image.last_bias;
-          const Real zero = {};
 #pragma GCC unroll 8
-          for (int k = 0; k < kWidth; ++k) logit += image.second[k] * (inner[k] < zero ? zero : inner[k]);
+          for (int k = 0; k < kWidth; ++k) logit += image.second[k] * rectified<bytes.value>(inner[k]);
           unaligned_at<bytes.value>(logits + row * W + x) = logit;
         });
       }
@@ -176,7 +176,7 @@ struct Backward : Maps {
       constexpr int64_t bias = kInputs<Middle> * kWidth, second = bias + kWidth;
 #pragma GCC unroll 8
       for (int k = 0; k < kWidth; ++k) {
-        add(second + k, g * (inner[k] < zero ? zero : inner[k]));
+        add(second + k, g * rectified<width>(inner[k]));
         inner[k] = inner[k] <= zero ? zero : g * image.second[k];
         add(bias + k, inner[k]);
       }
@@ -245,16 +245,6 @@ struct Call {
     maps.radius = static_cast<float>(radius);
   }
 };
-
-template <typename Kernel>
-void run_parallel(const Kernel& kernel, int64_t count, int64_t grain) {
-  torch::stable::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) {
-    Kernel part = kernel;
-    part.begin = begin;
-    part.end = end;
-    run_simd(part);
-  });
-}
 
 template <bool Middle>
 void forward(const Maps& maps, float* logits) {

@@ -7,6 +7,7 @@
 
 #include "../stable_abi.h"
 #include "layout.h"
+#include "parallel.h"
 #include "simd.h"
 
 #include <algorithm>
@@ -201,12 +202,7 @@ FASTRIS_INLINE T* in_place(S* state, bool whole, T* buffer) {
 template <typename Kernel>
 void run_over_tiles(const Kernel& kernel) {
   if (kernel.all.length == 0) return;
-  torch::stable::parallel_for(0, kernel.all.tiles(), 8, [&](int64_t begin, int64_t end) {
-    Kernel part = kernel;
-    part.begin = begin;
-    part.end = end;
-    run_simd(part);
-  });
+  run_parallel(kernel, kernel.all.tiles(), 8);
 }
 
 // Activations. T is float or double; vectors of doubles serve gradient checks, and take the library's functions.

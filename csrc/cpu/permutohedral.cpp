@@ -9,6 +9,7 @@
 // N = points, D = dimensions of the features, C = channels of the values, M = vertices.
 #include "../stable_abi.h"
 #include "aligned.h"
+#include "parallel.h"
 #include "simd.h"
 
 #include <algorithm>
@@ -271,16 +272,6 @@ struct Slice : Pass {
   }
 };
 
-template <typename Kernel>
-void run_parallel(const Kernel& kernel, int64_t count) {
-  torch::stable::parallel_for(0, count, kGrain, [&](int64_t begin, int64_t end) {
-    Kernel part = kernel;
-    part.begin = begin;
-    part.end = end;
-    run_simd(part);
-  });
-}
-
 // Whether all of an int32 tensor is in [least, end).
 bool all_within(const Tensor& numbers, int32_t least, int64_t end) {
   const int32_t* number = static_cast<const int32_t*>(numbers.const_data_ptr());
@@ -326,14 +317,14 @@ Tensor permutohedral_filter(Tensor values, Tensor vertices, Tensor weights, Tens
   for (int64_t i = 0; i < corners; ++i) {
     const int64_t direction = reverse ? corners - 1 - i : i;
     const int32_t* pairs = static_cast<const int32_t*>(neighbours.const_data_ptr()) + direction * M * 2;
-    run_parallel(Blur{pass, pairs, zeros.get(), blurred.get(), other.get()}, M);
+    run_parallel(Blur{pass, pairs, zeros.get(), blurred.get(), other.get()}, M, kGrain);
     blurred.swap(other);
   }
   // A blur multiplies the sum of all vertices by 2, and there are √(D+1) (2/3)^(D/2) vertices in a unit of volume, where
   // the Gaussian has (2π)^(D/2).
   const double D = static_cast<double>(corners - 1);
   const double gain = std::pow(4.0 / 3.0 * 3.14159265358979323846, D / 2) * std::sqrt(D + 1) / std::pow(2.0, D + 1);
-  run_parallel(Slice{pass, blurred.get(), static_cast<float>(gain), static_cast<float*>(out.data_ptr())}, N);
+  run_parallel(Slice{pass, blurred.get(), static_cast<float>(gain), static_cast<float*>(out.data_ptr())}, N, kGrain);
   return out;
 }
 

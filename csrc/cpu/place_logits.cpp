@@ -8,6 +8,7 @@
 #include "aligned.h"
 #include "layout.h"
 #include "matmul.h"
+#include "parallel.h"
 
 #include <algorithm>
 #include <cstring>
@@ -45,13 +46,6 @@ struct Cells {
     multiply<Bytes, true>(kTile, n(), width(), seen, row(), 1, weight, layer);
   }
 };
-
-// NaN stays.
-template <int Bytes>
-FASTRIS_INLINE Vector<float, Bytes> rectified(const Vector<float, Bytes>& x) {
-  const Vector<float, Bytes> zero = {};
-  return x < zero ? zero : x;
-}
 
 struct Forward : Cells {
   float* logits;  // [count]
@@ -184,12 +178,7 @@ Tensor place_logits(
   Call<Forward> call(hidden, base, found, weight, last, last_bias);
   Tensor logits = empty_on(hidden, {hidden.size(0), hidden.size(2), hidden.size(3)}, ScalarType::Float);
   call.kernel.logits = static_cast<float*>(logits.data_ptr());
-  torch::stable::parallel_for(0, call.kernel.tiles(), 16, [&](int64_t begin, int64_t end) {
-    Forward part = call.kernel;
-    part.begin = begin;
-    part.end = end;
-    run_simd(part);
-  });
+  run_parallel(call.kernel, call.kernel.tiles(), 16);
   return logits;
 }
 
@@ -217,12 +206,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> place_logits_backward(
   kernel.d_hidden = static_cast<float*>(d_hidden.data_ptr());
   kernel.d_base = static_cast<float*>(d_base.data_ptr());
   kernel.sums = sums.get();
-  torch::stable::parallel_for(0, kParts, 1, [&](int64_t begin, int64_t end) {
-    Backward part = kernel;
-    part.begin = begin;
-    part.end = end;
-    run_simd(part);
-  });
+  run_parallel(kernel, kParts, 1);
   const int64_t size = kernel.part_size(), width = kernel.width();
   const auto sum_at = [&](int64_t i) {
     float sum = 0.0f;

@@ -65,6 +65,13 @@ FASTRIS_INLINE Vector<float, Bytes> clamp(const Vector<float, Bytes>& x, float l
   return y > high ? high : y;
 }
 
+// max(x, 0); NaN stays.
+template <int Bytes>
+FASTRIS_INLINE Vector<float, Bytes> rectified(const Vector<float, Bytes>& x) {
+  const Vector<float, Bytes> zero = {};
+  return x < zero ? zero : x;
+}
+
 #if defined(__x86_64__)
 
 enum class SimdLevel { baseline, avx2, avx512 };

@@ -3,6 +3,7 @@
 // sums of a block of tiles are kept in the lanes of vectors of the compute type, those of blocks and chunks in fp64.
 //
 // B = batch, P = predictions, G = targets, N = pixels.
+#include "parallel.h"
 #include "pixels.h"
 
 namespace fastris {
@@ -301,12 +302,7 @@ void soft_iou_of(const Call& call, Tensor& iou, Tensor& union_) {
   std::vector<double> partial(static_cast<size_t>(call.B * kernel.chunks.count * kernel.layout.size()));
   kernel.partial = partial.data();
   const int64_t tasks = call.B * kernel.panels() * kernel.chunks.count;
-  torch::stable::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
-    SumKernel<T> part = kernel;
-    part.begin = begin;
-    part.end = end;
-    run_simd(part);
-  });
+  run_parallel(kernel, tasks, 1);
   T* iou_data = static_cast<T*>(iou.data_ptr());
   T* union_data = static_cast<T*>(union_.data_ptr());
   torch::stable::parallel_for(0, call.B, 1, [&](int64_t begin, int64_t end) {

@@ -1,6 +1,7 @@
 // soft_iou_backward on the CPU: out[p] = offset[p] + Σ_g weight[p, g] · y_g over the pixels, zero weights skipped.
 //
 // B = batch, P = rows of the result, G = masks or labels, N = pixels.
+#include "parallel.h"
 #include "pixels.h"
 
 namespace fastris {
@@ -138,12 +139,7 @@ void weighted_sum(const Tensor& weight, const Tensor& offset, const Tensor& targ
       out.scalar_type(),
       0,
       0};
-  torch::stable::parallel_for(0, out.size(0) * kernel.chunks.count, 1, [&](int64_t begin, int64_t end) {
-    WeightedSumKernel<T> part = kernel;
-    part.begin = begin;
-    part.end = end;
-    run_simd(part);
-  });
+  run_parallel(kernel, out.size(0) * kernel.chunks.count, 1);
 }
 
 Tensor soft_iou_backward(Tensor weight, Tensor offset, Tensor target, ScalarType dtype) {

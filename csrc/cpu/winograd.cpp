@@ -15,6 +15,7 @@
 #include "aligned.h"
 #include "layout.h"
 #include "matmul.h"
+#include "parallel.h"
 #include "simd.h"
 
 #include <algorithm>
@@ -306,12 +307,7 @@ void winograd_convolve_out(Tensor x, Tensor weight, std::optional<Tensor> bias, 
       static_cast<float*>(y.data_ptr()),
       0,
       0};
-  torch::stable::parallel_for(0, (kernel.tiles.count + kStrip - 1) / kStrip, 4, [&](int64_t begin, int64_t end) {
-    ConvolveKernel part = kernel;
-    part.begin = begin;
-    part.end = end;
-    run_simd(part);
-  });
+  run_parallel(kernel, (kernel.tiles.count + kStrip - 1) / kStrip, 4);
 }
 
 Tensor winograd_weight_gradient(Tensor x, Tensor dy) {
@@ -332,12 +328,7 @@ Tensor winograd_weight_gradient(Tensor x, Tensor dy) {
   const int64_t m = kernel.in_rows(), size = kernel.part_size();
   const Lanes<float> sums = new_zeros<float>(kGradientParts * size);
   kernel.sums = sums.get();
-  torch::stable::parallel_for(0, kGradientParts, 1, [&](int64_t begin, int64_t end) {
-    WeightGradientKernel part = kernel;
-    part.begin = begin;
-    part.end = end;
-    run_simd(part);
-  });
+  run_parallel(kernel, kGradientParts, 1);
   Tensor gradient = empty_on(x, {out, in, 3, 3}, ScalarType::Float);
   float* to = static_cast<float*>(gradient.data_ptr());
   const Lanes<float> u = new_lanes<float>(kPlaces * n), e = new_lanes<float>(12 * n), w = new_lanes<float>(9 * n);

@@ -16,6 +16,7 @@ from fastris.nn.pointwise import Pointwise
 from fastris.ops.dynamic_mask import dynamic_mask
 from fastris.ops.place_logits import place_logits
 from fastris.reference.dynamic_mask import WIDTH, cell_centres, filter_size
+from fastris.reference.place_logits import cells
 
 
 class SpatialInhibition(nn.Module):
@@ -144,11 +145,11 @@ class DynamicMaskHead(nn.Module):
         if self.hard_place:
             place = (torch.arange(logits.shape[1], device=logits.device) == chosen).to(log_place.dtype)
             there = chosen.unsqueeze(2)  # [B, 1, 1]
-            seen = [_cells(one).gather(1, there.expand(-1, -1, one.shape[1])) for one in (hidden, features)]
+            seen = [cells(one).gather(1, there.expand(-1, -1, one.shape[1])) for one in (hidden, features)]
             centre = grid[:, chosen.squeeze(1)].t()
         else:
             place = log_place.exp()
-            seen = [torch.bmm(place.unsqueeze(1).to(one.dtype), _cells(one)) for one in (hidden, features)]
+            seen = [torch.bmm(place.unsqueeze(1).to(one.dtype), cells(one)) for one in (hidden, features)]
             centre = (place.unsqueeze(1) * grid).sum(2)  # a matrix product would be rounded under autocast
         attended = torch.cat(seen, dim=2).squeeze(1)  # [B, C + F]
         middle = None
@@ -223,11 +224,6 @@ def grid_max(maps: Tensor, side: int) -> Tensor:
         cells = [(index >= k * size // side) & (index < ((k + 1) * size + side - 1) // side) for k in range(side)]
         maps = torch.stack([maps.where(cell, -torch.inf).amax(dim) for cell in cells], dim)
     return maps
-
-
-def _cells(maps: Tensor) -> Tensor:
-    """(B, C, h, w) → (B, hw, C), of maps in channels_last a view."""
-    return maps.permute(0, 2, 3, 1).flatten(1, 2)
 
 
 def spatial_log_softmax(logits: Tensor) -> Tensor:

@@ -63,6 +63,10 @@ class SameConvolution:
         return torch.ops.fastris.winograd_weight(self.weight, False)
 
     @cached_property
+    def turned(self) -> Tensor:
+        return torch.ops.fastris.winograd_weight(self.weight, True)
+
+    @cached_property
     def channels_last(self) -> Tensor:
         return channels_last(self.weight)
 
@@ -74,10 +78,6 @@ class SameConvolution:
         y = self.room(x, self.weight.shape[0]) if room is None else room
         torch.ops.fastris.winograd_convolve_out(x, self.transformed, bias, y)
         return y
-
-    @cached_property
-    def turned(self) -> Tensor:
-        return torch.ops.fastris.winograd_weight(self.weight, True)
 
     def backward(
         self, grad: Tensor, x: Tensor, need_x: bool, need_weight: bool, skip: int = 0

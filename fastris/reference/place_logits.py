@@ -23,12 +23,12 @@ def place_logits(
         (B, H, W) logits.
     """
     channels = hidden.shape[1]
-    inner = _cells(base) + F.linear(_cells(hidden), weight[:, :channels])
+    inner = cells(base) + F.linear(cells(hidden), weight[:, :channels])
     if found is not None:
-        inner = inner + F.linear(_cells(found.detach()), weight[:, channels:])
+        inner = inner + F.linear(cells(found.detach()), weight[:, channels:])
     return F.linear(inner.relu(), last.unsqueeze(0), last_bias).view(hidden.shape[0], *hidden.shape[2:])
 
 
-def _cells(maps: Tensor) -> Tensor:
+def cells(maps: Tensor) -> Tensor:
     """(B, C, H, W) → (B, HW, C), of maps in channels_last a view."""
     return maps.permute(0, 2, 3, 1).flatten(1, 2)

@@ -8,6 +8,7 @@ import sys
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from typing import Any
 
 import pytest
 import torch
@@ -69,6 +70,24 @@ def poisoned_memory() -> Callable[[], AbstractContextManager[None]]:
             torch.use_deterministic_algorithms(deterministic)
 
     return poisoned
+
+
+@pytest.fixture
+def by_threads() -> Callable[..., list[Any]]:
+    """by_threads(call, *counts): what a call gives with each number of torch's threads, 1 and 2 where none are said."""
+
+    def results(call: Callable[[], Any], *counts: int) -> list[Any]:
+        before = torch.get_num_threads()
+        try:
+            found = []
+            for number in counts or (1, 2):
+                torch.set_num_threads(number)
+                found.append(call())
+            return found
+        finally:
+            torch.set_num_threads(before)
+
+    return results
 
 
 @pytest.fixture

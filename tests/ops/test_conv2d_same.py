@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 import torch
@@ -105,20 +106,17 @@ def test_which_convolutions_go_by_winograd() -> None:
     assert not SameConvolution(torch.zeros(16, 2, 3, 3)).by_winograd(x)
 
 
-def test_nothing_is_left_unwritten_and_the_bits_do_not_depend_on_the_threads() -> None:
+def test_nothing_is_left_unwritten_and_the_bits_do_not_depend_on_the_threads(by_threads: Any) -> None:
     x = torch.randn(2, 16, 31, 29).contiguous(memory_format=torch.channels_last)
     convolution = SameConvolution(torch.randn(24, 16, 3, 3))
     grad = torch.randn(2, 24, 31, 29)
-    before = torch.get_num_threads()
-    results = []
-    try:
-        for threads in (1, 2):
-            torch.set_num_threads(threads)
-            y = convolution.room(x, 24).fill_(float("nan"))
-            torch.ops.fastris.winograd_convolve_out(x, convolution.transformed, None, y)
-            results.append((y, *convolution.backward(grad, x, True, True)))
-    finally:
-        torch.set_num_threads(before)
+
+    def run() -> tuple[Tensor, ...]:
+        y = convolution.room(x, 24).fill_(float("nan"))
+        torch.ops.fastris.winograd_convolve_out(x, convolution.transformed, None, y)
+        return y, *convolution.backward(grad, x, True, True)
+
+    results = by_threads(run)
     for one, other in zip(*results, strict=True):
         assert not one.isnan().any()
         assert torch.equal(one, other)

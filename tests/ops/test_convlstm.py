@@ -342,16 +342,9 @@ def test_nan_stays_in_its_image_and_reaches_its_result(constant: bool) -> None:
 
 @NEEDS_EXTENSION
 @pytest.mark.parametrize("constant", [False, True])
-def test_the_result_does_not_depend_on_the_number_of_threads(constant: bool) -> None:
+def test_the_result_does_not_depend_on_the_number_of_threads(constant: bool, by_threads: Any) -> None:
     case = Case((3, 2, 3, 16, 24, 23), torch.float32, constant=constant, given=("bias", "hidden", "cell"))
-    threads = torch.get_num_threads()
-    results = []
-    try:
-        for number in (1, 2):
-            torch.set_num_threads(number)
-            results.append(case.run())
-    finally:
-        torch.set_num_threads(threads)
+    results = by_threads(case.run)
     assert_equal_bits(results[1][:3], results[0][:3])
     for ours, theirs in zip(results[1][3:], results[0][3:], strict=True):  # torch's convolutions sum in another order
         bound = torch.finfo(torch.float32).eps * case.roundings() ** 0.5 * float(theirs.abs().max())

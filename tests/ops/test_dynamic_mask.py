@@ -101,15 +101,9 @@ def test_views_are_taken() -> None:
 
 
 @native
-def test_the_bits_do_not_depend_on_the_threads() -> None:
+def test_the_bits_do_not_depend_on_the_threads(by_threads: Any) -> None:
     given, grad = arguments((3, 50, 40), True), torch.randn(3, 50, 40)
-    before, runs = torch.get_num_threads(), []
-    try:
-        for threads in (1, 2):
-            torch.set_num_threads(threads)
-            runs.append(results(given, torch.ops.fastris.dynamic_mask, grad))
-    finally:
-        torch.set_num_threads(before)
+    runs = by_threads(lambda: results(given, torch.ops.fastris.dynamic_mask, grad))
     assert all(torch.equal(one, other) for one, other in zip(*runs, strict=True))
 
 

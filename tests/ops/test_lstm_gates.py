@@ -487,17 +487,10 @@ def test_shapes_past_two_to_the_31(each_backend: str) -> None:
 
 @NEEDS_EXTENSION
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_the_result_does_not_depend_on_the_number_of_threads(layout: torch.memory_format) -> None:
+def test_the_result_does_not_depend_on_the_number_of_threads(layout: torch.memory_format, by_threads: Any) -> None:
     arguments = arguments_of((2, 30, 40, 41), torch.float32, layout=layout)
     grads = gradients_of_results(arguments)
-    threads = torch.get_num_threads()
-    results = []
-    try:
-        for number in (1, 2, 3):
-            torch.set_num_threads(number)
-            results.append(run(lstm_gates, arguments, grads))
-    finally:
-        torch.set_num_threads(threads)
+    results = by_threads(lambda: run(lstm_gates, arguments, grads), 1, 2, 3)
     for found in results[1:]:
         assert_equal_bits(found[:5], results[0][:5])  # torch's own sums over pixels may depend on it
 

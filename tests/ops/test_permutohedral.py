@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from typing import Any
 
 import pytest
 import torch
@@ -117,19 +118,16 @@ def test_a_factor_of_a_point_multiplies_what_goes_in_and_what_comes_out() -> Non
 
 @native
 def test_the_bits_depend_neither_on_the_threads_nor_on_what_memory_held(
-    poisoned_memory: Callable[[], AbstractContextManager[None]],
+    poisoned_memory: Callable[[], AbstractContextManager[None]], by_threads: Callable[..., Any]
 ) -> None:
     features, values = points(9000, 3), torch.randn(9000, 5)
-    before = torch.get_num_threads()
-    results = []
-    try:
-        for threads in (1, 2):
-            torch.set_num_threads(threads)
-            with poisoned_memory():
-                lattice = permutohedral_lattice(features)
-                results.append((*lattice, permutohedral_filter(values, lattice)))
-    finally:
-        torch.set_num_threads(before)
+
+    def run() -> tuple[Tensor, ...]:
+        with poisoned_memory():
+            lattice = permutohedral_lattice(features)
+            return *lattice, permutohedral_filter(values, lattice)
+
+    results = by_threads(run)
     for one, other in zip(*results, strict=True):
         assert torch.equal(one, other)
 

@@ -97,15 +97,9 @@ def test_any_layout_is_taken_and_gradients_are_channels_last() -> None:
 
 @native
 @pytest.mark.parametrize("inner", [32, 20])
-def test_the_bits_do_not_depend_on_the_threads(inner: int) -> None:
+def test_the_bits_do_not_depend_on_the_threads(inner: int, by_threads: Any) -> None:
     given, grad = arguments((2, 32, 2, inner, 16, 18)), torch.randn(2, 16, 18)
-    before, runs = torch.get_num_threads(), []
-    try:
-        for threads in (1, 2):
-            torch.set_num_threads(threads)
-            runs.append(results(given, torch.ops.fastris.place_logits, grad))
-    finally:
-        torch.set_num_threads(before)
+    runs = by_threads(lambda: results(given, torch.ops.fastris.place_logits, grad))
     assert all(torch.equal(one, other) for one, other in zip(*runs, strict=True))
 
 
