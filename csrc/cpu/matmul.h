@@ -8,7 +8,7 @@
 namespace fastris {
 
 constexpr int64_t kRows = 6;  // of a matrix product that are computed together
-constexpr int64_t kLongestSum = 64;
+constexpr int64_t kLongestSum = 24;
 
 inline int64_t padded(int64_t columns) { return (columns + 15) / 16 * 16; }  // whole vectors of any width
 inline int64_t whole_rows(int64_t rows) { return (rows + kRows - 1) / kRows * kRows; }
@@ -56,15 +56,16 @@ FASTRIS_INLINE void multiply_block_of(
   }
 }
 
-// c[rows × n] (+)= a · b with n whole vectors, rows whole blocks; b is [depth × n]. Long sums are made of shorter ones,
-// which lose fewer digits.
+// c[rows × n] (+)= a · b with n whole vectors, rows whole blocks; b is [depth × n]. Long sums are made of several of
+// like length, which lose fewer digits.
 template <int Bytes, bool Add>
 FASTRIS_INLINE void multiply(
     int64_t rows, int64_t n, int64_t depth, const float* a, int64_t a_row, int64_t a_step, const float* b, float* c) {
   constexpr int lanes = VectorOf<float, Bytes>::lanes;
   constexpr int most = Bytes == 64 ? 4 : 2;  // as many vectors as there are registers for
-  for (int64_t k = 0; k < depth; k += kLongestSum) {
-    const int64_t some = std::min(kLongestSum, depth - k);
+  const int64_t sums = std::max<int64_t>(1, (depth + kLongestSum - 1) / kLongestSum), longest = (depth + sums - 1) / sums;
+  for (int64_t k = 0; k < depth; k += longest) {
+    const int64_t some = std::min(longest, depth - k);
     const float* right = b + k * n;
     for (int64_t j = 0; j < n;) {
       const int64_t vectors = std::min<int64_t>(most, (n - j) / lanes);

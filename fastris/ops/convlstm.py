@@ -64,7 +64,9 @@ class _Layer:
         self.x = channels_last(x) if self.constant else x
         self.weight = weight
         self.of_both = SameConvolution(weight, dilation)
-        self.of_x, self.of_h = (SameConvolution(one, dilation) for one in weight.split([self.inputs, self.channels], 1))
+        weight_x, weight_h = weight.split([self.inputs, self.channels], 1)
+        self.of_x = SameConvolution(weight_x, dilation, largest=2)  # once a sequence: the digits cost no time
+        self.of_h = SameConvolution(weight_h, dilation)
         self.bias = bias
         self.hidden = None if hidden is None else channels_last(hidden)
         self.cell = None if cell is None else channels_last(cell)
@@ -85,7 +87,7 @@ class _Layer:
         rounded to half, it would have the same error at all of them."""
         if self._hoisted is None:
             dtype = compute_dtype(self.x.dtype)
-            convolution = SameConvolution(self.of_x.weight.to(dtype), self.dilation)
+            convolution = SameConvolution(self.of_x.weight.to(dtype), self.dilation, largest=2)
             self._hoisted = convolution.forward(self.x.to(dtype), None if self.bias is None else self.bias.to(dtype))
         return self._hoisted
 

@@ -21,6 +21,8 @@ SHAPES = [  # B, in, out, H, W
     (5, 30, 120, 13, 17),  # odd sides, channels that are no whole vectors
     (15, 9, 200, 8, 9),
     (1, 64, 48, 40, 33),  # more tiles than the strips of any part
+    (3, 25, 34, 23, 18),  # the fewest channels for tiles of 4×4
+    (2, 128, 33, 32, 32),  # sums made of several
     (1, 8, 16, 1, 50),  # too small for Winograd
 ]
 
@@ -37,13 +39,15 @@ def error(found: Tensor, exact: Tensor) -> float:
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-def test_error_is_at_most_twice_that_of_torch(shape: tuple[int, ...], layout: torch.memory_format) -> None:
+def test_error_is_at_most_twice_that_of_torch_in_channels_last(
+    shape: tuple[int, ...], layout: torch.memory_format
+) -> None:
     batch, inputs, out, height, width = shape
     x = torch.randn(batch, inputs, height, width).contiguous(memory_format=layout).requires_grad_()
     weight = torch.randn(out, inputs, 3, 3, requires_grad=True)
     bias, grad = torch.randn(out, requires_grad=True), torch.randn(batch, out, height, width)
     found = gradients(x, weight, bias, grad, native=True)
-    eager = gradients(x, weight, bias, grad, native=False)
+    eager = gradients(x.contiguous(memory_format=torch.channels_last), weight, bias, grad, native=False)
     wide = [one.detach().double().requires_grad_() for one in (x, weight, bias)]
     exact = gradients(wide[0], wide[1], wide[2], grad, native=False)
     resolution = torch.finfo(torch.float32).eps  # sums of a few terms may be exact in one order and not in another
@@ -106,14 +110,42 @@ def test_which_convolutions_go_by_winograd() -> None:
     assert not SameConvolution(torch.zeros(16, 2, 3, 3)).by_winograd(x)
 
 
-def test_nothing_is_left_unwritten_and_the_bits_do_not_depend_on_the_threads(by_threads: Any) -> None:
+def test_tiles_are_large_where_that_saves_products_and_keeps_the_digits() -> None:
+    weight = torch.zeros(16, 32, 3, 3)
+    side = SameConvolution(weight).side
+    assert side(torch.zeros(1, 32, 16, 16), 25) == 4
+    assert side(torch.zeros(1, 32, 16, 16), 24) == 2
+    assert side(torch.zeros(1, 32, 9, 8), 25) == 4  # 6 tiles of 36 products, 20 of 16
+    assert side(torch.zeros(1, 32, 9, 9), 25) == 4  # 9 and 25
+    assert side(torch.zeros(1, 32, 1, 2), 25) == 2  # 1 and 1
+    assert SameConvolution(weight, largest=2).side(torch.zeros(1, 32, 16, 16), 25) == 2
+
+
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize("side", [2, 4])
+def test_tiles_of_either_side_are_exact_but_for_rounding(side: int, turned: bool) -> None:
+    x = torch.randn(2, 11, 13, 10).contiguous(memory_format=torch.channels_last)
+    weight = torch.randn(11, 40, 3, 3) if turned else torch.randn(40, 11, 3, 3)
+    y = SameConvolution.room(x, 40)
+    bias = torch.randn(40)
+    torch.ops.fastris.winograd_convolve_out(x, torch.ops.fastris.winograd_weight(weight, turned, side), bias, y)
+    as_convolved = weight.transpose(0, 1).flip(2, 3) if turned else weight
+    expected = torch.nn.functional.conv2d(x.double(), as_convolved.double(), bias.double(), padding=1)
+    assert error(y, expected) < 2e-6
+    grad = torch.randn(2, 40, 13, 10).contiguous(memory_format=torch.channels_last)
+    found = torch.ops.fastris.winograd_weight_gradient(x, grad, side)
+    assert error(found, torch.nn.grad.conv2d_weight(x.double(), (40, 11, 3, 3), grad.double(), padding=1)) < 2e-6
+
+
+@pytest.mark.parametrize("side", [2, 4])
+def test_nothing_is_left_unwritten_and_the_bits_do_not_depend_on_the_threads(side: int, by_threads: Any) -> None:
     x = torch.randn(2, 16, 31, 29).contiguous(memory_format=torch.channels_last)
     convolution = SameConvolution(torch.randn(24, 16, 3, 3))
     grad = torch.randn(2, 24, 31, 29)
 
     def run() -> tuple[Tensor, ...]:
         y = convolution.room(x, 24).fill_(float("nan"))
-        torch.ops.fastris.winograd_convolve_out(x, convolution.transformed, None, y)
+        torch.ops.fastris.winograd_convolve_out(x, convolution.transformed(False, side), None, y)
         return y, *convolution.backward(grad, x, True, True)
 
     results = by_threads(run)
@@ -166,7 +198,7 @@ def test_second_derivatives_are_refused() -> None:
     [
         (lambda x, w, y: (x.contiguous(), w, None, y), "x must be channels_last"),
         (lambda x, w, y: (x.double(), w, None, y), "x must be float32"),
-        (lambda x, w, y: (x, w[:, :, :4], None, y), "weight must come from winograd_weight"),
+        (lambda x, w, y: (x, w[..., :4], None, y), "weight must come from winograd_weight"),
         (lambda x, w, y: (x, w, None, y[:1]), "y must be as large as x"),
         (lambda x, w, y: (x, w, torch.zeros(3), y), "bias must be float32"),
     ],
@@ -174,7 +206,7 @@ def test_second_derivatives_are_refused() -> None:
 def test_the_kernel_checks_what_it_is_given(arguments: object, message: str) -> None:
     layout = torch.channels_last
     x, y = (torch.zeros(2, c, 4, 5).contiguous(memory_format=layout) for c in (8, 16))
-    weight = torch.ops.fastris.winograd_weight(torch.zeros(16, 8, 3, 3), False)
+    weight = torch.ops.fastris.winograd_weight(torch.zeros(16, 8, 3, 3), False, 2)
     with pytest.raises(RuntimeError, match=message):
         torch.ops.fastris.winograd_convolve_out(*arguments(x, weight, y))  # type: ignore[operator]
 
@@ -183,8 +215,8 @@ CODE = """
 import torch
 from fastris.ops.conv2d_same import SameConvolution
 torch.manual_seed(0)
-convolution = SameConvolution(torch.randn(20, 9, 3, 3))
-x, grad = torch.randn(10, 9, 11, 10), torch.randn(10, 20, 11, 10)
+convolution = SameConvolution(torch.randn(52, 30, 3, 3))
+x, grad = torch.randn(10, 30, 11, 10), torch.randn(10, 52, 11, 10)
 exact = SameConvolution(convolution.weight.double())
 for found, truth in zip(
     (convolution.forward(x), *convolution.backward(grad, x, True, True)),
