@@ -18,8 +18,8 @@ namespace {
 
 constexpr int64_t kStrip = 4 * kRows;  // tiles at a time
 constexpr int64_t kGradientStrip = 8 * kRows;  // more for the weight, whose gradient is read and written once a strip
-constexpr int64_t kGradientParts = 4;  // sums of their own, whatever the number of threads
 constexpr int64_t kPanel = 32;
+constexpr int64_t kLeastTasks = 4;  // of the gradient of a weight, whatever the number of threads
 
 // Room for n numbers from one place to the next: not a power of two, so that places do not share a set of the cache.
 inline int64_t skewed(int64_t n) { return padded(n) + 16; }
@@ -165,6 +165,7 @@ struct ConvolveKernel {
   }
 };
 
+// A task is a panel of one part of the tiles; a weight of few panels has several parts.
 template <typename Filter>
 struct WeightGradientKernel {
   static constexpr int64_t places = Filter::span * Filter::span;
@@ -174,32 +175,42 @@ struct WeightGradientKernel {
   const float* x;
   const float* dy;
   float* sums;  // [part][panel][place][in rounded up to whole blocks][column], zeros at first
-  int64_t begin, end;  // parts
+  int64_t begin, end;  // tasks
 
+  int64_t panels() const { return (padded(out) + kPanel - 1) / kPanel; }
+  int64_t parts() const { return (kLeastTasks + panels() - 1) / panels(); }
   int64_t part_size() const { return places * whole_rows(in) * padded(out); }
 
   template <int Bytes>
   FASTRIS_INLINE void run() const {
+    for (int64_t part = begin / panels(); part * panels() < end; ++part) {
+      const int64_t first = std::max<int64_t>(0, begin - part * panels()), last = std::min(panels(), end - part * panels());
+      add_part<Bytes>(part, first * kPanel, std::min(last * kPanel, out));
+    }
+  }
+
+ private:
+  // The columns from `left` to `right`, which begin a panel.
+  template <int Bytes>
+  FASTRIS_INLINE void add_part(int64_t part, int64_t left, int64_t right) const {
     const int64_t n = padded(out), m = whole_rows(in);
     const int64_t input_place = skewed(kGradientStrip * m), gradient_place = skewed(kGradientStrip * kPanel);
     const Lanes<float> zeros = new_zeros<float>(std::max(in, out));
     const Lanes<float> inputs = new_zeros<float>(places * input_place);
     const Lanes<float> gradients = new_zeros<float>(places * gradient_place);
     const int64_t strips = (tiles.count + kGradientStrip - 1) / kGradientStrip;
-    for (int64_t part = begin; part < end; ++part) {
-      for (int64_t strip = strips * part / kGradientParts; strip < strips * (part + 1) / kGradientParts; ++strip) {
-        const int64_t first = strip * kGradientStrip, count = std::min(kGradientStrip, tiles.count - first);
-        transform_inputs<Bytes, Filter>({tiles, first, count, in, in, m, input_place}, x, zeros.get(), inputs.get());
-        for (int64_t p = 0; p < out; p += kPanel) {
-          const int64_t columns = std::min(kPanel, n - p);
-          transform_gradients<Bytes, Filter>(
-              {tiles, first, count, out, std::min(kPanel, out - p), columns, gradient_place}, dy + p, zeros.get(),
-              gradients.get());
-          for (int64_t place = 0; place < places; ++place) {
-            multiply<Bytes, true>(
-                m, columns, count, inputs.get() + place * input_place, 1, m, gradients.get() + place * gradient_place,
-                sums + part * part_size() + (p * places + place * columns) * m);
-          }
+    for (int64_t strip = strips * part / parts(); strip < strips * (part + 1) / parts(); ++strip) {
+      const int64_t first = strip * kGradientStrip, count = std::min(kGradientStrip, tiles.count - first);
+      transform_inputs<Bytes, Filter>({tiles, first, count, in, in, m, input_place}, x, zeros.get(), inputs.get());
+      for (int64_t p = left; p < right; p += kPanel) {
+        const int64_t columns = std::min(kPanel, n - p);
+        transform_gradients<Bytes, Filter>(
+            {tiles, first, count, out, std::min(kPanel, out - p), columns, gradient_place}, dy + p, zeros.get(),
+            gradients.get());
+        for (int64_t place = 0; place < places; ++place) {
+          multiply<Bytes, true>(
+              m, columns, count, inputs.get() + place * input_place, 1, m, gradients.get() + place * gradient_place,
+              sums + part * part_size() + (p * places + place * columns) * m);
         }
       }
     }
@@ -243,7 +254,7 @@ struct WeightKernel {
 // Gᵀ Σ G of the sums of all parts.
 template <typename Filter>
 struct SumKernel {
-  int64_t in, out, part_size;
+  int64_t in, out, parts, part_size;
   const float* sums;  // as above
   float* to;  // (out, in, 3, 3)
   int64_t begin, end;  // input channels
@@ -261,7 +272,7 @@ struct SumKernel {
           both_ways<Filter::span, 3, Real>(
               [&](int k, Real& sum) FASTRIS_INLINE_LAMBDA {
                 sum = Real{};
-                for (int64_t part = 0; part < kGradientParts; ++part) {
+                for (int64_t part = 0; part < parts; ++part) {
                   sum += vector_at<Bytes>(panel + part * part_size + k * m * columns + c);
                 }
               },
@@ -356,11 +367,11 @@ Tensor winograd_weight_gradient(Tensor x, Tensor dy, int64_t side) {
   Tensor gradient = empty_on(x, {out, in, 3, 3}, ScalarType::Float);
   with_filter(side, [&](auto filter) {
     WeightGradientKernel<decltype(filter)> kernel{Tiles(filter.side, x), in, out, data(x), data(dy), nullptr, 0, 0};
-    const Lanes<float> sums = new_zeros<float>(kGradientParts * kernel.part_size());
+    const Lanes<float> sums = new_zeros<float>(kernel.parts() * kernel.part_size());
     kernel.sums = sums.get();
-    run_parallel(kernel, kGradientParts, 1);
+    run_parallel(kernel, kernel.parts() * kernel.panels(), 1);
     const SumKernel<decltype(filter)> sum{
-        in, out, kernel.part_size(), sums.get(), static_cast<float*>(gradient.data_ptr()), 0, 0};
+        in, out, kernel.parts(), kernel.part_size(), sums.get(), static_cast<float*>(gradient.data_ptr()), 0, 0};
     run_parallel(sum, in, grain(out));
   });
   return gradient;
