@@ -19,6 +19,7 @@ NATIVE_OPERATORS: dict[str, frozenset[str]] = {
     "convlstm": frozenset({"cpu", "cuda"}),
     "conv2d_same": frozenset({"cpu"}),
     "dynamic_mask": frozenset({"cpu"}),
+    "group_norm_relu": frozenset({"cpu"}),
     "permutohedral": frozenset({"cpu"}),
     "place_logits": frozenset({"cpu"}),
     "soft_iou": frozenset({"cpu", "cuda"}),

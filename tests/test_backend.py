@@ -90,6 +90,7 @@ def test_info_is_json_and_lists_every_operator() -> None:
         "conv2d_same",
         "convlstm",
         "dynamic_mask",
+        "group_norm_relu",
         "lstm_gates",
         "permutohedral",
         "place_logits",

@@ -9,6 +9,7 @@
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <type_traits>
 
 namespace fastris {
 
@@ -70,6 +71,19 @@ template <int Bytes>
 FASTRIS_INLINE Vector<float, Bytes> rectified(const Vector<float, Bytes>& x) {
   const Vector<float, Bytes> zero = {};
   return x < zero ? zero : x;
+}
+
+// Steps over n channels of fp32 by whole vectors, the last ending at n, where some come twice; by single ones if there are
+// too few. step(bytes, c) is given the width as a type.
+template <int Bytes, typename Step>
+FASTRIS_INLINE void for_channels(int64_t n, const Step& step) {
+  constexpr int64_t lanes = VectorOf<float, Bytes>::lanes;
+  if (n < lanes) {
+    for (int64_t c = 0; c < n; ++c) step(std::integral_constant<int, 4>(), c);
+    return;
+  }
+  for (int64_t c = 0; c + lanes <= n; c += lanes) step(std::integral_constant<int, Bytes>(), c);
+  if (n % lanes != 0) step(std::integral_constant<int, Bytes>(), n - lanes);
 }
 
 #if defined(__x86_64__)

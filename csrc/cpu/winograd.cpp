@@ -56,18 +56,6 @@ struct Window {
   }
 };
 
-// Steps over n channels by whole vectors, the last ending at n; by single ones if there are too few.
-template <int Bytes, typename Step>
-FASTRIS_INLINE void for_channels(int64_t n, const Step& step) {
-  constexpr int64_t lanes = VectorOf<float, Bytes>::lanes;
-  if (n < lanes) {
-    for (int64_t c = 0; c < n; ++c) step(std::integral_constant<int, 4>(), c);
-    return;
-  }
-  for (int64_t c = 0; c + lanes <= n; c += lanes) step(std::integral_constant<int, Bytes>(), c);
-  if (n % lanes != 0) step(std::integral_constant<int, Bytes>(), n - lanes);
-}
-
 // Some tiles, and `some` of the channels that a pixel has, each tile's places `place` apart.
 struct Strip {
   const Tiles& tiles;

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from fastris.nn.pointwise import Pointwise
 from fastris.ops.conv2d_same import conv2d_same
+from fastris.ops.group_norm_relu import group_norm_relu
 
 
 class _SameConv2d(nn.Conv2d):
@@ -17,12 +18,16 @@ class _SameConv2d(nn.Conv2d):
         return conv2d_same(x, self.weight)
 
 
+class _GroupNormReLU(nn.GroupNorm):
+    def forward(self, x: Tensor) -> Tensor:
+        return group_norm_relu(x, self.weight, self.bias, self.num_groups, self.eps)
+
+
 def _conv_block(in_channels: int, out_channels: int, stride: int = 1) -> nn.Sequential:
     conv = nn.Conv2d if stride > 1 else _SameConv2d
     return nn.Sequential(
         conv(in_channels, out_channels, 3, stride=stride, padding=1, bias=False),
-        nn.GroupNorm(8, out_channels),
-        nn.ReLU(inplace=True),
+        _GroupNormReLU(8, out_channels),
     )
 
 

@@ -17,6 +17,7 @@ from fastris.nn.matcher import HungarianMatcher, MaskHungarianMatcher
 from fastris.nn.model import RISOutput
 from fastris.ops.conv2d_same import conv2d_same
 from fastris.ops.dynamic_mask import dynamic_mask
+from fastris.ops.group_norm_relu import group_norm_relu
 from fastris.ops.place_logits import place_logits
 
 pytestmark = pytest.mark.skipif(backend.native_error() is not None, reason="fastris._C is not built")
@@ -71,6 +72,14 @@ def convolution_inputs(batch: int) -> Inputs:
         "x": torch.randn(batch, 6, 9, 11, dtype=torch.float64),
         "weight": torch.randn(10, 6, 3, 3, dtype=torch.float64) / 7,
         "bias": torch.randn(10, dtype=torch.float64),
+    }
+
+
+def norm_inputs(batch: int) -> Inputs:
+    return {
+        "x": torch.randn(batch, 6, 9, 11, dtype=torch.float64),
+        "weight": torch.randn(6, dtype=torch.float64),
+        "bias": torch.randn(6, dtype=torch.float64),
     }
 
 
@@ -183,6 +192,7 @@ OPERATORS = {
     "convlstm, wide": Operator(partial(fastris.convlstm, steps=2), partial(layer_inputs, channels=72, inputs=3)),
     "convlstm of a sequence": Operator(fastris.convlstm, partial(layer_inputs, channels=12, inputs=5, varying=True)),
     "conv2d_same": Operator(conv2d_same, convolution_inputs),
+    "group_norm_relu": Operator(partial(group_norm_relu, groups=3), norm_inputs, (torch.float32,)),
     "place_logits": Operator(place_logits, place_inputs, (torch.float32,), frozenset({"found"})),
     "dynamic_mask": Operator(partial(dynamic_mask, radius=16.0), drawing_inputs, (torch.float32,)),
     "match": Operator(partial(match, num_labels=6), partial(labelled, preds=8, targets=6), (torch.float32,)),

@@ -1,0 +1,79 @@
+"""``group_norm_relu``: group normalisation and the rectifier after it, ``torch.ops.fastris.group_norm_relu``.
+
+B = batch. Native on the CPU in fp32, in channels_last, where PyTorch's own gradient takes several times as long as the
+memory it moves; on CUDA and in other dtypes the reference runs.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastris import reference
+from fastris.ops.arguments import native_in_fp32
+from fastris.ops.conv2d_same import channels_last
+
+# Schema. Maps that come out, and grad, are (B, H, W, C); mean and rstd, one over the standard deviation, (B, groups).
+
+_library = torch.library.Library("fastris", "FRAGMENT")
+_library.define(
+    "group_norm_relu(Tensor x, Tensor weight, Tensor bias, int groups, float eps)"
+    " -> (Tensor y, Tensor mean, Tensor rstd)"
+)
+_library.define(
+    "group_norm_relu_backward(Tensor grad, Tensor x, Tensor weight, Tensor bias, Tensor mean, Tensor rstd, int groups)"
+    " -> (Tensor d_x, Tensor d_weight, Tensor d_bias)"
+)
+
+# Fake kernels; csrc/ registers those of the CPU
+
+
+def _fake(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float) -> tuple[Tensor, ...]:
+    batch, channels, height, width = x.shape
+    return x.new_empty(batch, height, width, channels), *(x.new_empty(batch, groups) for _ in range(2))
+
+
+def _fake_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, rstd: Tensor, groups: int
+) -> tuple[Tensor, ...]:
+    return torch.empty_like(grad), torch.empty_like(weight), torch.empty_like(bias)
+
+
+torch.library.register_fake("fastris::group_norm_relu", _fake, lib=_library)
+torch.library.register_fake("fastris::group_norm_relu_backward", _fake_backward, lib=_library)
+
+# Autograd
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, weight, bias, ctx.groups, _ = inputs
+    _, mean, rstd = output
+    ctx.mark_non_differentiable(mean, rstd)
+    ctx.save_for_backward(x, weight, bias, mean, rstd)
+
+
+def _gradients(ctx: Any, grad: Tensor, *others: Any) -> tuple[Tensor | None, ...]:
+    d_x, d_weight, d_bias = torch.ops.fastris.group_norm_relu_backward(
+        grad.contiguous(), *ctx.saved_tensors, ctx.groups
+    )
+    return d_x.permute(0, 3, 1, 2), d_weight, d_bias, None, None
+
+
+def _no_second_gradients(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
+    raise RuntimeError("group_norm_relu: the native operator has no second derivatives; use_backend('reference') has")
+
+
+torch.library.register_autograd("fastris::group_norm_relu", _gradients, setup_context=_setup_context, lib=_library)
+torch.library.register_autograd("fastris::group_norm_relu_backward", _no_second_gradients, lib=_library)
+
+# The door
+
+
+def group_norm_relu(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float = 1e-5) -> Tensor:
+    """Normalise and rectify; shapes and results as in :func:`fastris.reference.group_norm_relu`."""
+    if not native_in_fp32("group_norm_relu", x, weight, bias):
+        return reference.group_norm_relu(x, weight, bias, groups, eps)
+    y, _, _ = torch.ops.fastris.group_norm_relu(channels_last(x), weight.contiguous(), bias.contiguous(), groups, eps)
+    return y.permute(0, 3, 1, 2)
