@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from fastris import backend, reference
 from fastris.ops.arguments import native_in_fp32
+from fastris.ops.autograd import with_gradients
 
 LEAST_CHANNELS = 8
 """Fewer than this on either side are no work for matrix products."""
@@ -206,17 +207,12 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     x, weight = ctx.saved_tensors
     need_x, need_weight, need_bias = ctx.needs_input_grad[:3]
-    d_x, d_weight = torch.ops.fastris.conv2d_same_backward(grad, x, weight, ctx.dilation, need_x, need_weight, ctx.skip)
+    d_x, d_weight = _operator_backward(grad, x, weight, ctx.dilation, need_x, need_weight, ctx.skip)
     d_bias = grad.sum((0, 2, 3)) if need_bias else None
     return d_x if need_x else None, d_weight if need_weight else None, d_bias, None, None
 
 
-def _no_second_gradients(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
-    raise RuntimeError("conv2d_same: the native operator has no second derivatives; use_backend('reference') has")
-
-
-torch.library.register_autograd("fastris::conv2d_same", _gradients, setup_context=_setup_context, lib=_library)
-torch.library.register_autograd("fastris::conv2d_same_backward", _no_second_gradients, lib=_library)
+_operator, _operator_backward = with_gradients(_library, "conv2d_same", _gradients, _setup_context)
 
 # The door
 
@@ -236,4 +232,4 @@ def conv2d_same(
     if not native_in_fp32("conv2d_same", x, weight, before):
         return reference.conv2d_same(x, weight, bias, dilation, before)
     whole = None if before is None else channels_last(torch.cat([before.detach(), x.detach()], dim=1))
-    return torch.ops.fastris.conv2d_same(x, weight, bias, dilation, whole)
+    return _operator(x, weight, bias, dilation, whole)

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from fastris import backend, reference
 from fastris.ops.arguments import autocast_enabled, wrong
+from fastris.ops.autograd import with_gradients
 from fastris.ops.conv2d_same import SameConvolution, channels_last
 from fastris.ops.lstm_gates import compute_dtype, peephole_gradient
 
@@ -343,12 +344,7 @@ def _gradients(
     return (*(grad if wanted else None for grad, wanted in zip(found, needed, strict=True)), None, None, None)
 
 
-def _no_second_gradients(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
-    raise RuntimeError("convlstm: the native operator has no second derivatives; use_backend('reference') has")
-
-
-torch.library.register_autograd("fastris::convlstm", _gradients, setup_context=_setup_context, lib=_library)
-torch.library.register_autograd("fastris::convlstm_backward", _no_second_gradients, lib=_library)
+with_gradients(_library, "convlstm", _gradients, _setup_context)
 
 # The door
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fastris import reference
 from fastris.ops.arguments import native_in_fp32
+from fastris.ops.autograd import with_gradients
 
 # Schema. Without a middle its gradient is empty.
 
@@ -49,16 +50,11 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    *gradients, d_middle = torch.ops.fastris.dynamic_mask_backward(grad, *ctx.saved_tensors, ctx.radius)
+    *gradients, d_middle = _operator_backward(grad, *ctx.saved_tensors, ctx.radius)
     return *gradients, None if ctx.saved_tensors[3] is None else d_middle, None
 
 
-def _no_second_gradients(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
-    raise RuntimeError("dynamic_mask: the native operator has no second derivatives; use_backend('reference') has")
-
-
-torch.library.register_autograd("fastris::dynamic_mask", _gradients, setup_context=_setup_context, lib=_library)
-torch.library.register_autograd("fastris::dynamic_mask_backward", _no_second_gradients, lib=_library)
+_operator, _operator_backward = with_gradients(_library, "dynamic_mask", _gradients, _setup_context)
 
 # The door
 
@@ -67,4 +63,4 @@ def dynamic_mask(detail: Tensor, filter: Tensor, centre: Tensor, middle: Tensor 
     """Draw a mask; shapes, results and source as in :func:`fastris.reference.dynamic_mask`."""
     if not native_in_fp32("dynamic_mask", detail, filter, centre, middle):
         return reference.dynamic_mask(detail, filter, centre, middle, radius)
-    return torch.ops.fastris.dynamic_mask(detail, filter, centre, middle, radius)
+    return _operator(detail, filter, centre, middle, radius)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fastris import reference
 from fastris.ops.arguments import native_in_fp32
+from fastris.ops.autograd import with_gradients
 from fastris.ops.conv2d_same import channels_last
 
 # Schema. Maps that come out, and grad, are (B, H, W, C); mean and rstd, one over the standard deviation, (B, groups).
@@ -55,18 +56,11 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 
 def _gradients(ctx: Any, grad: Tensor, *others: Any) -> tuple[Tensor | None, ...]:
-    d_x, d_weight, d_bias = torch.ops.fastris.group_norm_relu_backward(
-        grad.contiguous(), *ctx.saved_tensors, ctx.groups
-    )
+    d_x, d_weight, d_bias = _operator_backward(grad.contiguous(), *ctx.saved_tensors, ctx.groups)
     return d_x.permute(0, 3, 1, 2), d_weight, d_bias, None, None
 
 
-def _no_second_gradients(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
-    raise RuntimeError("group_norm_relu: the native operator has no second derivatives; use_backend('reference') has")
-
-
-torch.library.register_autograd("fastris::group_norm_relu", _gradients, setup_context=_setup_context, lib=_library)
-torch.library.register_autograd("fastris::group_norm_relu_backward", _no_second_gradients, lib=_library)
+_operator, _operator_backward = with_gradients(_library, "group_norm_relu", _gradients, _setup_context)
 
 # The door
 
@@ -75,5 +69,5 @@ def group_norm_relu(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: f
     """Normalise and rectify; shapes and results as in :func:`fastris.reference.group_norm_relu`."""
     if not native_in_fp32("group_norm_relu", x, weight, bias):
         return reference.group_norm_relu(x, weight, bias, groups, eps)
-    y, _, _ = torch.ops.fastris.group_norm_relu(channels_last(x), weight.contiguous(), bias.contiguous(), groups, eps)
+    y, _, _ = _operator(channels_last(x), weight.contiguous(), bias.contiguous(), groups, eps)
     return y.permute(0, 3, 1, 2)

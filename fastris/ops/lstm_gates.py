@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fastris import backend, reference
 from fastris.ops.arguments import wrong
+from fastris.ops.autograd import with_gradients
 from fastris.reference.lstm_gates import lstm_gates_backward
 
 # Schema. The gradients of a bias and of peepholes are empty where there are none. The `_out` operators write into
@@ -204,20 +205,13 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 def _gradients(ctx: Any, d_hidden: Tensor | None, d_cell: Tensor | None) -> tuple[Tensor | None, ...]:
     gates, _, addend, bias, peephole = ctx.saved_tensors
-    d_gates, d_cell_prev, d_bias, d_peephole = torch.ops.fastris.lstm_gates_backward(
-        *ctx.saved_tensors, d_hidden, d_cell
-    )
+    d_gates, d_cell_prev, d_bias, d_peephole = _operator_backward(*ctx.saved_tensors, d_hidden, d_cell)
     d_addend = None if addend is None else d_gates.to(addend.dtype)
     d_bias, d_peephole = None if bias is None else d_bias, None if peephole is None else d_peephole
     return d_gates.to(gates.dtype), d_cell_prev, d_addend, d_bias, d_peephole
 
 
-def _no_second_gradients(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-    raise RuntimeError("lstm_gates: the native operator has no second derivatives; use_backend('reference') has")
-
-
-torch.library.register_autograd("fastris::lstm_gates", _gradients, setup_context=_setup_context, lib=_library)
-torch.library.register_autograd("fastris::lstm_gates_backward", _no_second_gradients, lib=_library)
+_operator, _operator_backward = with_gradients(_library, "lstm_gates", _gradients, _setup_context)
 
 # The door
 
@@ -255,5 +249,5 @@ def lstm_gates(
             raise ValueError(f"lstm_gates: {name} must be on {gates.device} like gates, got {value.device}")
     if not backend.runs_native("lstm_gates", gates.device.type):
         return reference.lstm_gates(gates, cell_prev, addend, bias, peephole)
-    hidden, cell = torch.ops.fastris.lstm_gates(gates, cell_prev, addend, bias, peephole)
+    hidden, cell = _operator(gates, cell_prev, addend, bias, peephole)
     return hidden, cell

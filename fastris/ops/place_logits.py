@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fastris import reference
 from fastris.ops.arguments import native_in_fp32
+from fastris.ops.autograd import with_gradients
 from fastris.ops.conv2d_same import channels_last
 
 # Schema. Gradients come for all but found, those of maps in channels_last.
@@ -59,16 +60,11 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    d_hidden, d_base, *d_weights = torch.ops.fastris.place_logits_backward(grad, *ctx.saved_tensors)
+    d_hidden, d_base, *d_weights = _operator_backward(grad, *ctx.saved_tensors)
     return d_hidden.permute(0, 3, 1, 2), d_base.permute(0, 3, 1, 2), None, *d_weights
 
 
-def _no_second_gradients(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
-    raise RuntimeError("place_logits: the native operator has no second derivatives; use_backend('reference') has")
-
-
-torch.library.register_autograd("fastris::place_logits", _gradients, setup_context=_setup_context, lib=_library)
-torch.library.register_autograd("fastris::place_logits_backward", _no_second_gradients, lib=_library)
+_operator, _operator_backward = with_gradients(_library, "place_logits", _gradients, _setup_context)
 
 # The door
 
@@ -81,4 +77,4 @@ def place_logits(
         return reference.place_logits(hidden, base, found, weight, last, last_bias)
     hidden, base = channels_last(hidden), channels_last(base)
     found = None if found is None else channels_last(found)
-    return torch.ops.fastris.place_logits(hidden, base, found, weight, last, last_bias)
+    return _operator(hidden, base, found, weight, last, last_bias)

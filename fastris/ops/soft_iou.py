@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fastris import backend, reference
 from fastris.ops.arguments import check_counts, describe
+from fastris.ops.autograd import with_gradients
 from fastris.reference.soft_iou import most_labels, soft_iou_and_union, soft_iou_backward
 
 # Schema: a target of three dimensions is a label map with num_labels labels. The results are in the dtype of the sums,
@@ -94,12 +95,7 @@ def _gradients(ctx: Any, grad: Tensor, grad_union: Tensor | None) -> tuple[Tenso
     return grad_pred, grad_target, None, None, None
 
 
-def _no_second_gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    raise RuntimeError("soft_iou: the native operator has no second derivatives; use_backend('reference') has")
-
-
-torch.library.register_autograd("fastris::soft_iou", _gradients, setup_context=_setup_context, lib=_library)
-torch.library.register_autograd("fastris::soft_iou_backward", _no_second_gradients, lib=_library)
+with_gradients(_library, "soft_iou", _gradients, _setup_context)
 
 # The door
 
