@@ -1,4 +1,5 @@
-// 3×3 convolutions of stride 1 that keep H and W, by Winograd's minimal filtering (winograd.h). fp32, channels_last.
+// 3×3 convolutions of stride 1 that keep H and W, by Winograd's minimal filtering (winograd.h). channels_last; the arithmetic
+// is fp32, and maps may be bfloat16 in memory.
 //
 // Summed over the input channels, each of the (m+2)² places of a tile is a matrix product [tiles × in] · [in × out]. All
 // matrices with out columns, those of the weight and of its gradient too, are panels of up to 32 columns, one after the other,
@@ -10,6 +11,7 @@
 #include "layout.h"
 #include "matmul.h"
 #include "parallel.h"
+#include "storage.h"
 
 #include <algorithm>
 
@@ -63,11 +65,11 @@ struct Strip {
 };
 
 // From Size × Size pixels of every tile to To × To places: to[place][tile][channel].
-template <int Bytes, int Size, int To, typename Step>
-FASTRIS_INLINE void transform(const Strip& strip, const float* x, const float* zeros, float* to, const Step& step) {
+template <int Bytes, int Size, int To, typename T, typename Step>
+FASTRIS_INLINE void transform(const Strip& strip, const T* x, const T* zeros, float* to, const Step& step) {
   for (int64_t t = 0; t < strip.count; ++t) {
     const Window<Size> window(strip.tiles, strip.first + t);
-    const float* from[Size * Size];
+    const T* from[Size * Size];
     for (int64_t i = 0; i < Size * Size; ++i) {
       from[i] = window.pixels[i] < 0 ? zeros : x + window.pixels[i] * strip.channels;
     }
@@ -75,7 +77,7 @@ FASTRIS_INLINE void transform(const Strip& strip, const float* x, const float* z
     for_channels<Bytes>(strip.some, [&](auto bytes, int64_t c) FASTRIS_INLINE_LAMBDA {
       using Real = Vector<float, bytes.value>;
       both_ways<Size, To, Real>(
-          [&](int i, Real& d) FASTRIS_INLINE_LAMBDA { d = unaligned_at<bytes.value>(from[i] + c); },
+          [&](int i, Real& d) FASTRIS_INLINE_LAMBDA { d = load_lanes<bytes.value>(from[i] + c); },
           step,
           [&](int i, const Real& e) FASTRIS_INLINE_LAMBDA { unaligned_at<bytes.value>(row + i * strip.place + c) = e; });
     });
@@ -83,22 +85,22 @@ FASTRIS_INLINE void transform(const Strip& strip, const float* x, const float* z
 }
 
 // Bᵀ x B
-template <int Bytes, typename Filter>
-FASTRIS_INLINE void transform_inputs(const Strip& strip, const float* x, const float* zeros, float* to) {
+template <int Bytes, typename Filter, typename T>
+FASTRIS_INLINE void transform_inputs(const Strip& strip, const T* x, const T* zeros, float* to) {
   transform<Bytes, Filter::span, Filter::span>(
       strip, x, zeros, to, [](const auto* d, auto* e) FASTRIS_INLINE_LAMBDA { Filter::inputs(d, e); });
 }
 
 // A dy Aᵀ
-template <int Bytes, typename Filter>
-FASTRIS_INLINE void transform_gradients(const Strip& strip, const float* dy, const float* zeros, float* to) {
+template <int Bytes, typename Filter, typename T>
+FASTRIS_INLINE void transform_gradients(const Strip& strip, const T* dy, const T* zeros, float* to) {
   transform<Bytes, Filter::side, Filter::span>(
       strip, dy, zeros, to, [](const auto* y, auto* e) FASTRIS_INLINE_LAMBDA { Filter::gradients(y, e); });
 }
 
 // Aᵀ m A, into the pixels that there are.
-template <int Bytes, typename Filter>
-FASTRIS_INLINE void transform_outputs(const Strip& strip, const float* products, const float* bias, float* y) {
+template <int Bytes, typename Filter, typename T>
+FASTRIS_INLINE void transform_outputs(const Strip& strip, const float* products, const float* bias, T* y) {
   for (int64_t t = 0; t < strip.count; ++t) {
     const Window<Filter::side> window(strip.tiles, strip.first + t);
     const float* row = products + t * strip.row;
@@ -111,28 +113,28 @@ FASTRIS_INLINE void transform_outputs(const Strip& strip, const float* products,
           [](const Real* m, Real* out) FASTRIS_INLINE_LAMBDA { Filter::outputs(m, out); },
           [&](int i, const Real& out) FASTRIS_INLINE_LAMBDA {
             const int64_t pixel = window.pixels[i];
-            if (pixel >= 0) unaligned_at<bytes.value>(y + pixel * strip.channels + c) = out + b;
+            if (pixel >= 0) store_lanes<bytes.value>(out + b, y + pixel * strip.channels + c);
           });
     });
   }
 }
 
-template <typename Filter>
+template <typename Filter, typename T>
 struct ConvolveKernel {
   static constexpr int64_t places = Filter::span * Filter::span;
 
   Tiles tiles;
   int64_t in, out;
-  const float* x;
+  const T* x;
   const float* weight;  // [panel][place][in][column]
   const float* bias;  // or nullptr
-  float* y;
+  T* y;
   int64_t begin, end;  // strips
 
   template <int Bytes>
   FASTRIS_INLINE void run() const {
     const int64_t n = padded(out), input_place = skewed(kStrip * in), product_place = skewed(kStrip * kPanel);
-    const Lanes<float> zeros = new_zeros<float>(in);
+    const Lanes<T> zeros = new_zeros<T>(in);
     const Lanes<float> inputs = new_zeros<float>(places * input_place);
     const Lanes<float> products = new_lanes<float>(places * product_place);
     for (int64_t strip = begin; strip < end; ++strip) {
@@ -154,14 +156,14 @@ struct ConvolveKernel {
 };
 
 // A task is a panel of one part of the tiles; a weight of few panels has several parts.
-template <typename Filter>
+template <typename Filter, typename T>
 struct WeightGradientKernel {
   static constexpr int64_t places = Filter::span * Filter::span;
 
   Tiles tiles;
   int64_t in, out;
-  const float* x;
-  const float* dy;
+  const T* x;
+  const T* dy;
   float* sums;  // [part][panel][place][in rounded up to whole blocks][column], zeros at first
   int64_t begin, end;  // tasks
 
@@ -183,7 +185,7 @@ struct WeightGradientKernel {
   FASTRIS_INLINE void add_part(int64_t part, int64_t left, int64_t right) const {
     const int64_t n = padded(out), m = whole_rows(in);
     const int64_t input_place = skewed(kGradientStrip * m), gradient_place = skewed(kGradientStrip * kPanel);
-    const Lanes<float> zeros = new_zeros<float>(std::max(in, out));
+    const Lanes<T> zeros = new_zeros<T>(std::max(in, out));
     const Lanes<float> inputs = new_zeros<float>(places * input_place);
     const Lanes<float> gradients = new_zeros<float>(places * gradient_place);
     const int64_t strips = (tiles.count + kGradientStrip - 1) / kGradientStrip;
@@ -277,21 +279,23 @@ struct SumKernel {
 
 void check(const Tensor& x, const char* name) {
   FASTRIS_CHECK(
-      x.dim() == 4 && x.scalar_type() == ScalarType::Float, "winograd: ", name, " must be float32 (B,C,H,W)");
+      x.dim() == 4 && (x.scalar_type() == ScalarType::Float || x.scalar_type() == ScalarType::BFloat16), "winograd: ", name,
+      " must be float32 or bfloat16 (B,C,H,W)");
   FASTRIS_CHECK(is_dense(x, true), "winograd: ", name, " must be channels_last");
 }
 
+// run(filter, T()) for tiles of a side and maps of a type.
 template <typename Run>
-void with_filter(int64_t side, const Run& run) {
+void with_types(int64_t side, ScalarType type, const Run& run) {
   FASTRIS_CHECK(side == 2 || side == 4, "winograd: side must be 2 or 4, got ", side);
-  if (side == 2) {
-    run(Filter<2>());
-  } else {
-    run(Filter<4>());
-  }
+  const auto with_type = [&](auto filter) { type == ScalarType::Float ? run(filter, float()) : run(filter, BFloat16()); };
+  side == 2 ? with_type(Filter<2>()) : with_type(Filter<4>());
 }
 
-const float* data(const Tensor& tensor) { return static_cast<const float*>(tensor.const_data_ptr()); }
+template <typename T = float>
+const T* data(const Tensor& tensor) {
+  return static_cast<const T*>(tensor.const_data_ptr());
+}
 
 // Input channels of a weight that are worth a thread.
 int64_t grain(int64_t out) { return std::max<int64_t>(1, 4096 / std::max<int64_t>(1, out)); }
@@ -305,7 +309,7 @@ Tensor winograd_weight(Tensor weight, bool turned, int64_t side) {
   const int64_t out = weight.size(turned ? 1 : 0), in = weight.size(turned ? 0 : 1);
   const int64_t span = side + 2;
   Tensor transformed = empty_on(weight, {span, span, in * padded(out)}, ScalarType::Float);
-  with_filter(side, [&](auto filter) {
+  with_types(side, ScalarType::Float, [&](auto filter, float) {
     WeightKernel<decltype(filter)> kernel{
         in, out, weight.stride(turned ? 0 : 1), weight.stride(turned ? 1 : 0), {}, data(weight), nullptr, 0, 0};
     for (int64_t k = 0; k < 9; ++k) {
@@ -330,16 +334,18 @@ void winograd_convolve_out(Tensor x, Tensor weight, std::optional<Tensor> bias, 
       !bias || (bias->dim() == 1 && bias->size(0) == out && bias->scalar_type() == ScalarType::Float),
       "winograd: bias must be float32 (out)");
   FASTRIS_CHECK(
-      y.size(0) == x.size(0) && y.size(2) == x.size(2) && y.size(3) == x.size(3), "winograd: y must be as large as x");
-  with_filter(weight.size(0) - 2, [&](auto filter) {
-    const ConvolveKernel<decltype(filter)> kernel{
+      y.size(0) == x.size(0) && y.size(2) == x.size(2) && y.size(3) == x.size(3) && y.scalar_type() == x.scalar_type(),
+      "winograd: y must be as large as x and of its dtype");
+  with_types(weight.size(0) - 2, x.scalar_type(), [&](auto filter, auto of_type) {
+    using T = decltype(of_type);
+    const ConvolveKernel<decltype(filter), T> kernel{
         Tiles(filter.side, x),
         in,
         out,
-        data(x),
+        data<T>(x),
         data(weight),
         bias ? data(*bias) : nullptr,
-        static_cast<float*>(y.data_ptr()),
+        static_cast<T*>(y.data_ptr()),
         0,
         0};
     run_parallel(kernel, (kernel.tiles.count + kStrip - 1) / kStrip, filter.side == 2 ? 4 : 1);
@@ -350,11 +356,14 @@ Tensor winograd_weight_gradient(Tensor x, Tensor dy, int64_t side) {
   check(x, "x");
   check(dy, "dy");
   FASTRIS_CHECK(
-      dy.size(0) == x.size(0) && dy.size(2) == x.size(2) && dy.size(3) == x.size(3), "winograd: dy must be as large as x");
+      dy.size(0) == x.size(0) && dy.size(2) == x.size(2) && dy.size(3) == x.size(3) && dy.scalar_type() == x.scalar_type(),
+      "winograd: dy must be as large as x and of its dtype");
   const int64_t in = x.size(1), out = dy.size(1);
   Tensor gradient = empty_on(x, {out, in, 3, 3}, ScalarType::Float);
-  with_filter(side, [&](auto filter) {
-    WeightGradientKernel<decltype(filter)> kernel{Tiles(filter.side, x), in, out, data(x), data(dy), nullptr, 0, 0};
+  with_types(side, x.scalar_type(), [&](auto filter, auto of_type) {
+    using T = decltype(of_type);
+    WeightGradientKernel<decltype(filter), T> kernel{
+        Tiles(filter.side, x), in, out, data<T>(x), data<T>(dy), nullptr, 0, 0};
     const Lanes<float> sums = new_zeros<float>(kernel.parts() * kernel.part_size());
     kernel.sums = sums.get();
     run_parallel(kernel, kernel.parts() * kernel.panels(), 1);

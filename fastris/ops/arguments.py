@@ -47,12 +47,18 @@ def native_in_fp32(operator: str, *tensors: Tensor | None) -> bool:
 
     Elsewhere the reference is the way, with ``use_backend("native")`` too.
     """
+    return native_in((torch.float32,), operator, *tensors)
+
+
+def native_in(dtypes: tuple[torch.dtype, ...], operator: str, *tensors: Tensor | None) -> bool:
+    """Likewise where the kernel is for these dtypes, one at a time."""
     given = [one for one in tensors if one is not None]
-    device = given[0].device.type
+    device, dtype = given[0].device.type, given[0].dtype
     return (
         backend.active_backend() != "reference"
         and backend.has_native(operator, device)
-        and all(one.dtype == torch.float32 for one in given)
+        and dtype in dtypes
+        and all(one.dtype == dtype for one in given)
         and not autocast_enabled(device)
     )
 

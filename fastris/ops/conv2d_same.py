@@ -1,7 +1,8 @@
 """``conv2d_same``: the convolution of a ConvLSTM, ``torch.ops.fastris.conv2d_same``.
 
 B = batch. Stride 1, H and W kept. On the CPU a 3×3 convolution in fp32 goes by Winograd's minimal filtering, with 2¼ or
-4 products for a result where there were 9 (csrc/cpu/winograd.cpp), and all others, as those of CUDA, to torch's own
+4 products for a result where there were 9 (csrc/cpu/winograd.cpp). So does one in bf16, whose arithmetic is then fp32,
+unless the processor multiplies matrices of bf16 by itself (AMX). All others, as those of CUDA, go to torch's own
 libraries. All results are channels_last.
 """
 
@@ -15,9 +16,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastris import backend, reference
-from fastris.ops.arguments import native_in_fp32
+from fastris.ops.arguments import native_in
 from fastris.ops.autograd import with_gradients
 
+WINOGRAD_DTYPES = (torch.float32,) if torch.cpu._is_amx_tile_supported() else (torch.float32, torch.bfloat16)
+"""Of the convolutions that the filtering makes quicker on this processor."""
 LEAST_CHANNELS = 8
 """Fewer than this on either side are no work for matrix products."""
 LEAST_SIDE = 8
@@ -55,7 +58,7 @@ class SameConvolution:
         self.spans = [dilation * (size - 1) for size in weight.shape[-2:]]
         self._by_winograd = (
             backend.has_native("conv2d_same", weight.device.type)
-            and weight.dtype == torch.float32
+            and weight.dtype in WINOGRAD_DTYPES
             and tuple(weight.shape[2:]) == (3, 3)
             and dilation == 1
             and min(weight.shape[:2]) >= LEAST_CHANNELS
@@ -79,7 +82,7 @@ class SameConvolution:
 
     def transformed(self, turned: bool, side: int) -> Tensor:
         if (turned, side) not in self._transformed:
-            self._transformed[turned, side] = torch.ops.fastris.winograd_weight(self.weight, turned, side)
+            self._transformed[turned, side] = torch.ops.fastris.winograd_weight(self.weight.float(), turned, side)
         return self._transformed[turned, side]
 
     @cached_property
@@ -92,13 +95,15 @@ class SameConvolution:
         if not self.by_winograd(x):
             return channels_last(reference.conv2d_same(x, self.channels_last, bias, self.dilation))
         y = self.room(x, self.weight.shape[0]) if room is None else room
+        bias = None if bias is None else bias.float()
         torch.ops.fastris.winograd_convolve_out(x, self.transformed(False, self.side(x, x.shape[1])), bias, y)
         return y
 
     def backward(
         self, grad: Tensor, x: Tensor, need_x: bool, need_weight: bool, skip: int = 0
     ) -> tuple[Tensor, Tensor]:
-        """Gradients of x, but for its first ``skip`` channels, and of the weight; those not needed are empty."""
+        """Gradients of x, but for its first ``skip`` channels, and of the weight, which may be in fp32 where the weight
+        is not; those not needed are empty."""
         grad, x = channels_last(grad), channels_last(x)
         empty = grad.new_empty(0)
         if not (need_x or need_weight):
@@ -163,7 +168,8 @@ def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, dilation: int, whol
 def _backward(
     grad: Tensor, x: Tensor, weight: Tensor, dilation: int, need_x: bool, need_weight: bool, skip: int = 0
 ) -> tuple[Tensor, Tensor]:
-    return SameConvolution(weight, dilation).backward(grad, x, need_x, need_weight, skip)
+    d_x, d_weight = SameConvolution(weight, dilation).backward(grad, x, need_x, need_weight, skip)
+    return d_x, d_weight.to(weight.dtype)
 
 
 _library.impl("conv2d_same", _forward, "CompositeExplicitAutograd")
@@ -186,7 +192,7 @@ def _fake_convolve_out(x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor
 
 
 def _fake_weight_gradient(x: Tensor, grad: Tensor, side: int) -> Tensor:
-    return x.new_empty(grad.shape[1], x.shape[1], 3, 3)
+    return x.new_empty(grad.shape[1], x.shape[1], 3, 3, dtype=torch.float32)
 
 
 torch.library.register_fake("fastris::conv2d_same", _fake, lib=_library)
@@ -229,7 +235,7 @@ def conv2d_same(
         dilation: pixels between the taps of the kernel.
         before: optional (B, K, H, W), channels ahead of those of x, which get no gradient.
     """
-    if not native_in_fp32("conv2d_same", x, weight, before):
+    if not native_in(WINOGRAD_DTYPES, "conv2d_same", x, weight, before):
         return reference.conv2d_same(x, weight, bias, dilation, before)
     whole = None if before is None else channels_last(torch.cat([before.detach(), x.detach()], dim=1))
     return _operator(x, weight, bias, dilation, whole)

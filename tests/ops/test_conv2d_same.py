@@ -13,7 +13,7 @@ from torch import Tensor
 
 import fastris
 from fastris import backend, reference
-from fastris.ops.conv2d_same import SameConvolution, conv2d_same
+from fastris.ops.conv2d_same import WINOGRAD_DTYPES, SameConvolution, conv2d_same
 
 pytestmark = pytest.mark.skipif(backend.native_error() is not None, reason="fastris._C is not built")
 
@@ -54,6 +54,35 @@ def test_error_is_at_most_twice_that_of_torch_in_channels_last(
     for ours, theirs, truth in zip(found, eager, exact, strict=True):
         assert error(ours, truth) <= 2 * max(error(theirs, truth), resolution)
     assert found[0].is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.skipif(torch.bfloat16 not in WINOGRAD_DTYPES, reason="torch's own convolution in bf16 is quicker here")
+@pytest.mark.parametrize("shape", SHAPES[:-1])
+def test_bf16_is_rounded_once(shape: tuple[int, ...], poisoned_memory: Any) -> None:
+    batch, inputs, out, height, width = shape
+    x = torch.randn(batch, inputs, height, width).bfloat16().requires_grad_()
+    weight, bias = (torch.randn(size).bfloat16().requires_grad_() for size in ((out, inputs, 3, 3), (out,)))
+    grad = torch.randn(batch, out, height, width).bfloat16()
+    wide = [one.detach().double().requires_grad_() for one in (x, weight, bias)]
+    exact = gradients(wide[0], wide[1], wide[2], grad, native=False)
+    with poisoned_memory():
+        found = gradients(x, weight, bias, grad, native=True)
+    for ours, truth in zip(found[:3], exact[:3], strict=True):
+        assert ours.dtype == torch.bfloat16
+        assert error(ours, truth) <= 1.01 * error(truth.bfloat16(), truth)
+
+
+@pytest.mark.skipif(torch.bfloat16 not in WINOGRAD_DTYPES, reason="torch's own convolution in bf16 is quicker here")
+def test_bf16_of_ties_infinity_and_nan() -> None:
+    x = torch.zeros(1, 8, 32, 32, dtype=torch.bfloat16)
+    x[0, :2, 4, 4] = torch.tensor([1.0, 2.0**-8])
+    x[0, :2, 12, 12] = torch.tensor([1 + 2.0**-7, 2.0**-8])
+    x[0, :2, 20, 20] = torch.tensor([3e38, 3e38])
+    x[0, 0, 28, 28] = float("nan")
+    weight = torch.zeros(8, 8, 3, 3, dtype=torch.bfloat16)
+    weight[:, :, 1, 1] = 1
+    y = SameConvolution(weight).forward(x)[0, 0]
+    assert y[4, 4] == 1 and y[12, 12] == 1 + 2.0**-6 and y[20, 20] == float("inf") and y[28, 28].isnan()
 
 
 @pytest.mark.parametrize("kernel", [(3, 3), (1, 1), (2, 2), (5, 4)])
@@ -105,7 +134,8 @@ def test_which_convolutions_go_by_winograd() -> None:
     assert not SameConvolution(weight).by_winograd(x[..., :7].repeat(2, 1, 1, 1))
     assert not SameConvolution(weight).by_winograd(x[:15])
     assert not SameConvolution(weight, 2).by_winograd(x)
-    assert not SameConvolution(weight.bfloat16()).by_winograd(x)
+    assert SameConvolution(weight.bfloat16()).by_winograd(x) == (torch.bfloat16 in WINOGRAD_DTYPES)
+    assert not SameConvolution(weight.half()).by_winograd(x)
     assert not SameConvolution(torch.zeros(16, 8, 5, 5)).by_winograd(x)
     assert not SameConvolution(torch.zeros(16, 2, 3, 3)).by_winograd(x)
 
@@ -197,7 +227,8 @@ def test_second_derivatives_are_refused() -> None:
     ("arguments", "message"),
     [
         (lambda x, w, y: (x.contiguous(), w, None, y), "x must be channels_last"),
-        (lambda x, w, y: (x.double(), w, None, y), "x must be float32"),
+        (lambda x, w, y: (x.double(), w, None, y), "x must be float32 or bfloat16"),
+        (lambda x, w, y: (x, w, None, y.bfloat16()), "y must be as large as x and of its dtype"),
         (lambda x, w, y: (x, w[..., :4], None, y), "weight must come from winograd_weight"),
         (lambda x, w, y: (x, w, None, y[:1]), "y must be as large as x"),
         (lambda x, w, y: (x, w, torch.zeros(3), y), "bias must be float32"),
