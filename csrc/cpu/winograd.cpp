@@ -58,6 +58,17 @@ struct Window {
   }
 };
 
+// Asks for some channels of a tile's pixels, to be read or written while the tile before it is transformed.
+template <int Size, typename T>
+FASTRIS_INLINE void prefetch(const Window<Size>& window, const T* x, int64_t channels, int64_t some) {
+  for (const int64_t pixel : window.pixels) {
+    if (pixel < 0) continue;
+    for (int64_t c = 0; c < some; c += kCacheLine / static_cast<int64_t>(sizeof(T))) {
+      __builtin_prefetch(x + pixel * channels + c);
+    }
+  }
+}
+
 // Some tiles, and `some` of the channels that a pixel has, each tile's places `place` apart.
 struct Strip {
   const Tiles& tiles;
@@ -67,8 +78,11 @@ struct Strip {
 // From Size × Size pixels of every tile to To × To places: to[place][tile][channel].
 template <int Bytes, int Size, int To, typename T, typename Step>
 FASTRIS_INLINE void transform(const Strip& strip, const T* x, const T* zeros, float* to, const Step& step) {
+  Window<Size> next(strip.tiles, strip.first);
   for (int64_t t = 0; t < strip.count; ++t) {
-    const Window<Size> window(strip.tiles, strip.first + t);
+    const Window<Size> window = next;
+    next = Window<Size>(strip.tiles, strip.first + std::min(t + 1, strip.count - 1));
+    prefetch(next, x, strip.channels, strip.some);
     const T* from[Size * Size];
     for (int64_t i = 0; i < Size * Size; ++i) {
       from[i] = window.pixels[i] < 0 ? zeros : x + window.pixels[i] * strip.channels;
@@ -101,8 +115,11 @@ FASTRIS_INLINE void transform_gradients(const Strip& strip, const T* dy, const T
 // Aᵀ m A, into the pixels that there are.
 template <int Bytes, typename Filter, typename T>
 FASTRIS_INLINE void transform_outputs(const Strip& strip, const float* products, const float* bias, T* y) {
+  Window<Filter::side> next(strip.tiles, strip.first);
   for (int64_t t = 0; t < strip.count; ++t) {
-    const Window<Filter::side> window(strip.tiles, strip.first + t);
+    const Window<Filter::side> window = next;
+    next = Window<Filter::side>(strip.tiles, strip.first + std::min(t + 1, strip.count - 1));
+    prefetch(next, y, strip.channels, strip.some);
     const float* row = products + t * strip.row;
     for_channels<Bytes>(strip.some, [&](auto bytes, int64_t c) FASTRIS_INLINE_LAMBDA {
       using Real = Vector<float, bytes.value>;
