@@ -26,14 +26,19 @@ struct Maps {
   int64_t tasks() const { return batch * chunks(); }
   int64_t in_group() const { return channels / groups; }
 
-  // A chunk of an image.
+  // A chunk of an image: the numbers from first to last, of which channel c has every channels-th from first + c on.
   struct Chunk {
-    int64_t image, first, count;  // pixels, counted through all images
+    int64_t task, image, first, last;
   };
 
-  FASTRIS_INLINE Chunk chunk(int64_t task) const {
-    const int64_t image = task / chunks(), from = task % chunks() * kChunk;
-    return {image, image * pixels + from, std::min(kChunk, pixels - from)};
+  // step(bytes, chunk, c) for the channels of some tasks.
+  template <int Bytes, typename Step>
+  FASTRIS_INLINE void for_chunks(int64_t begin, int64_t end, const Step& step) const {
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t image = task / chunks(), from = task % chunks() * kChunk, to = std::min(from + kChunk, pixels);
+      const Chunk chunk{task, image, (image * pixels + from) * channels, (image * pixels + to) * channels};
+      for_channels<Bytes>(channels, [&](auto bytes, int64_t c) FASTRIS_INLINE_LAMBDA { step(bytes, chunk, c); });
+    }
   }
 };
 
@@ -62,22 +67,18 @@ struct MomentsKernel {
   template <int Bytes>
   FASTRIS_INLINE void run() const {
     const int64_t C = maps.channels;
-    for (int64_t task = begin; task < end; ++task) {
-      const Maps::Chunk chunk = maps.chunk(task);
-      const float* first = maps.x + chunk.image * maps.pixels * C;
-      for_channels<Bytes>(C, [&](auto bytes, int64_t c) FASTRIS_INLINE_LAMBDA {
-        using Real = Vector<float, bytes.value>;
-        const Real origin = unaligned_at<bytes.value>(first + c);
-        Real sum{}, squares{};
-        for (int64_t p = 0; p < chunk.count; ++p) {
-          const Real d = unaligned_at<bytes.value>(maps.x + (chunk.first + p) * C + c) - origin;
-          sum += d;
-          squares += d * d;
-        }
-        unaligned_at<bytes.value>(sums + task * 2 * C + c) = sum;
-        unaligned_at<bytes.value>(sums + (task * 2 + 1) * C + c) = squares;
-      });
-    }
+    maps.for_chunks<Bytes>(begin, end, [&](auto bytes, const Maps::Chunk& chunk, int64_t c) FASTRIS_INLINE_LAMBDA {
+      using Real = Vector<float, bytes.value>;
+      const Real origin = unaligned_at<bytes.value>(maps.x + chunk.image * maps.pixels * C + c);
+      Real sum{}, squares{};
+      for (int64_t at = chunk.first + c; at < chunk.last; at += C) {
+        const Real d = unaligned_at<bytes.value>(maps.x + at) - origin;
+        sum += d;
+        squares += d * d;
+      }
+      unaligned_at<bytes.value>(sums + chunk.task * 2 * C + c) = sum;
+      unaligned_at<bytes.value>(sums + (chunk.task * 2 + 1) * C + c) = squares;
+    });
   }
 };
 
@@ -116,18 +117,14 @@ struct ForwardKernel {
 
   template <int Bytes>
   FASTRIS_INLINE void run() const {
-    const int64_t C = maps.channels;
-    for (int64_t task = begin; task < end; ++task) {
-      const Maps::Chunk chunk = maps.chunk(task);
-      for_channels<Bytes>(C, [&](auto bytes, int64_t c) FASTRIS_INLINE_LAMBDA {
-        using Real = Vector<float, bytes.value>;
-        const AffineOf<bytes.value> of(affine, maps, chunk.image, c);
-        for (int64_t at = chunk.first * C + c; at < (chunk.first + chunk.count) * C; at += C) {
-          const Real z = of.scale * (unaligned_at<bytes.value>(maps.x + at) - of.mean) + of.bias;
-          unaligned_at<bytes.value>(y + at) = rectified<bytes.value>(z);
-        }
-      });
-    }
+    maps.for_chunks<Bytes>(begin, end, [&](auto bytes, const Maps::Chunk& chunk, int64_t c) FASTRIS_INLINE_LAMBDA {
+      using Real = Vector<float, bytes.value>;
+      const AffineOf<bytes.value> of(affine, maps, chunk.image, c);
+      for (int64_t at = chunk.first + c; at < chunk.last; at += maps.channels) {
+        const Real z = of.scale * (unaligned_at<bytes.value>(maps.x + at) - of.mean) + of.bias;
+        unaligned_at<bytes.value>(y + at) = rectified<bytes.value>(z);
+      }
+    });
   }
 };
 
@@ -139,12 +136,12 @@ struct Gradients {
 
   // dz, and x − μ
   template <int Bytes>
-  FASTRIS_INLINE void at(
-      int64_t pixel, const AffineOf<Bytes>& of, Vector<float, Bytes>& dz, Vector<float, Bytes>& centred) const {
+  FASTRIS_INLINE void load(
+      int64_t at, const AffineOf<Bytes>& of, Vector<float, Bytes>& dz, Vector<float, Bytes>& centred) const {
     using Real = Vector<float, Bytes>;
     const Real zero{};
-    centred = unaligned_at<Bytes>(maps.x + pixel) - of.mean;
-    dz = of.scale * centred + of.bias <= zero ? zero : Real(unaligned_at<Bytes>(dy + pixel));
+    centred = unaligned_at<Bytes>(maps.x + at) - of.mean;
+    dz = of.scale * centred + of.bias <= zero ? zero : Real(unaligned_at<Bytes>(dy + at));
   }
 };
 
@@ -156,21 +153,17 @@ struct GradientSumsKernel : Gradients {
   template <int Bytes>
   FASTRIS_INLINE void run() const {
     const int64_t C = maps.channels;
-    for (int64_t task = begin; task < end; ++task) {
-      const Maps::Chunk chunk = maps.chunk(task);
-      for_channels<Bytes>(C, [&](auto bytes, int64_t c) FASTRIS_INLINE_LAMBDA {
-        using Real = Vector<float, bytes.value>;
-        const AffineOf<bytes.value> of(affine, maps, chunk.image, c);
-        Real sum{}, product{}, dz, centred;
-        for (int64_t pixel = chunk.first * C + c; pixel < (chunk.first + chunk.count) * C; pixel += C) {
-          at<bytes.value>(pixel, of, dz, centred);
-          sum += dz;
-          product += dz * centred;
-        }
-        unaligned_at<bytes.value>(sums + task * 2 * C + c) = sum;
-        unaligned_at<bytes.value>(sums + (task * 2 + 1) * C + c) = product;
-      });
-    }
+    maps.for_chunks<Bytes>(begin, end, [&](auto bytes, const Maps::Chunk& chunk, int64_t c) FASTRIS_INLINE_LAMBDA {
+      const AffineOf<bytes.value> of(affine, maps, chunk.image, c);
+      Vector<float, bytes.value> sum{}, product{}, dz, centred;
+      for (int64_t at = chunk.first + c; at < chunk.last; at += C) {
+        load<bytes.value>(at, of, dz, centred);
+        sum += dz;
+        product += dz * centred;
+      }
+      unaligned_at<bytes.value>(sums + chunk.task * 2 * C + c) = sum;
+      unaligned_at<bytes.value>(sums + (chunk.task * 2 + 1) * C + c) = product;
+    });
   }
 };
 
@@ -183,20 +176,17 @@ struct BackwardKernel : Gradients {
   template <int Bytes>
   FASTRIS_INLINE void run() const {
     const int64_t C = maps.channels;
-    for (int64_t task = begin; task < end; ++task) {
-      const Maps::Chunk chunk = maps.chunk(task);
-      for_channels<Bytes>(C, [&](auto bytes, int64_t c) FASTRIS_INLINE_LAMBDA {
-        using Real = Vector<float, bytes.value>;
-        const AffineOf<bytes.value> of(affine, maps, chunk.image, c);
-        const Real k = unaligned_at<bytes.value>(of_x + chunk.image * C + c);
-        const Real plus = unaligned_at<bytes.value>(added + chunk.image * C + c);
-        Real dz, centred;
-        for (int64_t pixel = chunk.first * C + c; pixel < (chunk.first + chunk.count) * C; pixel += C) {
-          at<bytes.value>(pixel, of, dz, centred);
-          unaligned_at<bytes.value>(dx + pixel) = of.scale * dz + (k * centred + plus);
-        }
-      });
-    }
+    maps.for_chunks<Bytes>(begin, end, [&](auto bytes, const Maps::Chunk& chunk, int64_t c) FASTRIS_INLINE_LAMBDA {
+      using Real = Vector<float, bytes.value>;
+      const AffineOf<bytes.value> of(affine, maps, chunk.image, c);
+      const Real k = unaligned_at<bytes.value>(of_x + chunk.image * C + c);
+      const Real plus = unaligned_at<bytes.value>(added + chunk.image * C + c);
+      Real dz, centred;
+      for (int64_t at = chunk.first + c; at < chunk.last; at += C) {
+        load<bytes.value>(at, of, dz, centred);
+        unaligned_at<bytes.value>(dx + at) = of.scale * dz + (k * centred + plus);
+      }
+    });
   }
 };
 
