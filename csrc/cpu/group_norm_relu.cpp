@@ -16,6 +16,7 @@
 namespace fastris {
 namespace {
 
+constexpr int64_t kMoments = 3;  // mean, Σ d, Σ d²
 constexpr int64_t kChunk = 128;  // pixels whose sums are in fp32; those of chunks are added in fp64
 
 struct Maps {
@@ -42,23 +43,27 @@ struct Maps {
   }
 };
 
-// Sums of each chunk's channels: [task][2][channel].
+// So many sums of each chunk's channels: [task][kind][channel].
 struct Sums {
   const Maps& maps;
+  int64_t kinds;
   Lanes<float> of_chunks;
 
-  explicit Sums(const Maps& maps_) : maps(maps_), of_chunks(new_lanes<float>(maps_.tasks() * 2 * maps_.channels)) {}
+  Sums(const Maps& maps_, int64_t kinds_)
+      : maps(maps_), kinds(kinds_), of_chunks(new_lanes<float>(maps_.tasks() * kinds_ * maps_.channels)) {}
 
-  double of(int64_t image, int64_t which, int64_t channel) const {
+  double at(int64_t task, int64_t kind, int64_t channel) const {
+    return of_chunks[(task * kinds + kind) * maps.channels + channel];
+  }
+
+  double of_image(int64_t image, int64_t kind, int64_t channel) const {
     double sum = 0;
-    for (int64_t k = 0; k < maps.chunks(); ++k) {
-      sum += of_chunks[((image * maps.chunks() + k) * 2 + which) * maps.channels + channel];
-    }
+    for (int64_t task = image * maps.chunks(); task < (image + 1) * maps.chunks(); ++task) sum += at(task, kind, channel);
     return sum;
   }
 };
 
-// Σ d and Σ d², where d is the distance from an image's first pixel: so a large mean costs no digits.
+// About the mean of each chunk's channel, Σ d and Σ d²: the mean is rounded, so Σ d is not quite nothing.
 struct MomentsKernel {
   Maps maps;
   float* sums;
@@ -69,15 +74,18 @@ struct MomentsKernel {
     const int64_t C = maps.channels;
     maps.for_chunks<Bytes>(begin, end, [&](auto bytes, const Maps::Chunk& chunk, int64_t c) FASTRIS_INLINE_LAMBDA {
       using Real = Vector<float, bytes.value>;
-      const Real origin = unaligned_at<bytes.value>(maps.x + chunk.image * maps.pixels * C + c);
-      Real sum{}, squares{};
+      Real mean{}, sum{}, squares{};
+      for (int64_t at = chunk.first + c; at < chunk.last; at += C) mean += unaligned_at<bytes.value>(maps.x + at);
+      mean /= static_cast<float>((chunk.last - chunk.first) / C);
       for (int64_t at = chunk.first + c; at < chunk.last; at += C) {
-        const Real d = unaligned_at<bytes.value>(maps.x + at) - origin;
+        const Real d = unaligned_at<bytes.value>(maps.x + at) - mean;
         sum += d;
         squares += d * d;
       }
-      unaligned_at<bytes.value>(sums + chunk.task * 2 * C + c) = sum;
-      unaligned_at<bytes.value>(sums + (chunk.task * 2 + 1) * C + c) = squares;
+      float* of_chunk = sums + chunk.task * kMoments * C + c;
+      unaligned_at<bytes.value>(of_chunk) = mean;
+      unaligned_at<bytes.value>(of_chunk + C) = sum;
+      unaligned_at<bytes.value>(of_chunk + 2 * C) = squares;
     });
   }
 };
@@ -208,30 +216,38 @@ Maps checked(const Tensor& x, const Tensor& weight, const Tensor& bias, int64_t 
 const float* data(const Tensor& tensor) { return static_cast<const float*>(tensor.const_data_ptr()); }
 float* mutable_data(Tensor& tensor) { return static_cast<float*>(tensor.data_ptr()); }
 
+struct Moments {
+  double mean, variance;
+};
+
+// Of the group that begins at a channel; 0 of no pixels. The chunks are merged by the formula of T. F. Chan, G. H. Golub &
+// R. J. LeVeque, "Algorithms for Computing the Sample Variance", 1983.
+Moments moments(const Maps& maps, const Sums& sums, int64_t image, int64_t first) {
+  double count = 0, mean = 0, squares = 0;
+  for (int64_t k = 0; k < maps.chunks(); ++k) {
+    const double n = static_cast<double>(std::min(kChunk, maps.pixels - k * kChunk));
+    for (int64_t c = first; c < first + maps.in_group(); ++c) {
+      const int64_t task = image * maps.chunks() + k;
+      const double d = sums.at(task, 1, c) / n, off = sums.at(task, 0, c) + d - mean;
+      squares += sums.at(task, 2, c) - n * d * d + off * off * n * count / (n + count);
+      count += n;
+      mean += off * n / count;
+    }
+  }
+  return {mean, count == 0 ? 0 : std::max(squares, 0.0) / count};
+}
+
 // y (B, H, W, C), and the mean and 1/σ of each image's groups (B, groups).
 std::tuple<Tensor, Tensor, Tensor> group_norm_relu(Tensor x, Tensor weight, Tensor bias, int64_t groups, double eps) {
   const Maps maps = checked(x, weight, bias, groups);
   Tensor y = empty_on(x, {x.size(0), x.size(2), x.size(3), x.size(1)}, ScalarType::Float);
   Tensor mean = empty_on(x, {maps.batch, groups}, ScalarType::Float), rstd = empty_on(x, {maps.batch, groups}, ScalarType::Float);
-  const Sums sums(maps);
+  const Sums sums(maps, kMoments);
   run_parallel(MomentsKernel{maps, sums.of_chunks.get(), 0, 0}, maps.tasks(), 4);
-  const double count = static_cast<double>(maps.pixels);
-  for (int64_t i = 0; i < maps.batch * groups && maps.pixels > 0; ++i) {
-    const int64_t image = i / groups, first = i % groups * maps.in_group();
-    const float* origin = maps.x + image * maps.pixels * maps.channels;
-    std::vector<double> of_channel(static_cast<size_t>(maps.in_group()));
-    double total = 0, squares = 0;
-    for (int64_t c = 0; c < maps.in_group(); ++c) {
-      of_channel[static_cast<size_t>(c)] = sums.of(image, 0, first + c);
-      total += of_channel[static_cast<size_t>(c)] + count * origin[first + c];
-    }
-    const double middle = total / (count * maps.in_group());
-    for (int64_t c = 0; c < maps.in_group(); ++c) {
-      const double off = middle - origin[first + c];
-      squares += sums.of(image, 1, first + c) - 2 * off * of_channel[static_cast<size_t>(c)] + count * off * off;
-    }
-    mutable_data(mean)[i] = static_cast<float>(middle);
-    mutable_data(rstd)[i] = static_cast<float>(1 / std::sqrt(std::max(squares, 0.0) / (count * maps.in_group()) + eps));
+  for (int64_t i = 0; i < maps.batch * groups; ++i) {
+    const Moments of_group = moments(maps, sums, i / groups, i % groups * maps.in_group());
+    mutable_data(mean)[i] = static_cast<float>(of_group.mean);
+    mutable_data(rstd)[i] = static_cast<float>(1 / std::sqrt(of_group.variance + eps));
   }
   const Affine affine(maps, data(weight), data(bias), data(mean), data(rstd));
   run_parallel(ForwardKernel{maps, affine, mutable_data(y), 0, 0}, maps.tasks(), 4);
@@ -256,7 +272,7 @@ std::tuple<Tensor, Tensor, Tensor> group_norm_relu_backward(
   const Affine affine(maps, data(weight), data(bias), data(mean), data(rstd));
   const Lanes<float> of_x = new_lanes<float>(all), added = new_lanes<float>(all);
   const Gradients gradients{maps, affine, data(grad)};
-  const Sums sums(maps);
+  const Sums sums(maps, 2);
   run_parallel(GradientSumsKernel{gradients, sums.of_chunks.get(), 0, 0}, maps.tasks(), 4);
 
   Tensor d_x = empty_on(x, {x.size(0), x.size(2), x.size(3), C}, ScalarType::Float);
@@ -268,7 +284,7 @@ std::tuple<Tensor, Tensor, Tensor> group_norm_relu_backward(
     const double r = data(rstd)[i];
     double sum = 0, product = 0;
     for (int64_t c = first; c < first + maps.in_group(); ++c) {
-      const double dz = sums.of(image, 0, c), dz_x = sums.of(image, 1, c);
+      const double dz = sums.of_image(image, 0, c), dz_x = sums.of_image(image, 1, c);
       of_bias[static_cast<size_t>(c)] += dz;
       of_weight[static_cast<size_t>(c)] += r * dz_x;
       sum += data(weight)[c] * dz;

@@ -184,7 +184,7 @@ struct WeightGradientKernel {
   float* sums;  // [part][panel][place][in rounded up to whole blocks][column], zeros at first
   int64_t begin, end;  // tasks
 
-  int64_t panels() const { return (padded(out) + kPanel - 1) / kPanel; }
+  int64_t panels() const { return std::max<int64_t>(1, (padded(out) + kPanel - 1) / kPanel); }
   int64_t parts() const { return (kLeastTasks + panels() - 1) / panels(); }
   int64_t part_size() const { return places * whole_rows(in) * padded(out); }
 
@@ -345,11 +345,11 @@ void winograd_convolve_out(Tensor x, Tensor weight, std::optional<Tensor> bias, 
   const int64_t in = x.size(1), out = y.size(1);
   FASTRIS_CHECK(
       weight.dim() == 3 && weight.size(0) == weight.size(1) && weight.size(2) == in * padded(out) &&
-          weight.scalar_type() == ScalarType::Float,
+          weight.scalar_type() == ScalarType::Float && weight.is_contiguous(),
       "winograd: weight must come from winograd_weight");
   FASTRIS_CHECK(
-      !bias || (bias->dim() == 1 && bias->size(0) == out && bias->scalar_type() == ScalarType::Float),
-      "winograd: bias must be float32 (out)");
+      !bias || (bias->dim() == 1 && bias->size(0) == out && bias->scalar_type() == ScalarType::Float && bias->is_contiguous()),
+      "winograd: bias must be contiguous float32 (out)");
   FASTRIS_CHECK(
       y.size(0) == x.size(0) && y.size(2) == x.size(2) && y.size(3) == x.size(3) && y.scalar_type() == x.scalar_type(),
       "winograd: y must be as large as x and of its dtype");

@@ -16,9 +16,9 @@ def with_gradients(
     """Register the gradients of ``torch.ops.fastris.<name>``; its ``<name>_backward`` has none and says so.
 
     Returns:
-        The two as functions of positional arguments. Compiled or exported they are the operators; in eager PyTorch they
-        leave out the dispatcher's way through Python, which takes as long as a small operator. They are not for an
-        operator that returns a list.
+        The two as functions of positional arguments. Compiled, exported, traced and under ``torch.vmap`` they are the
+        operators; in eager PyTorch they leave out the dispatcher's way through Python, which takes as long as a small
+        operator. They are not for an operator that returns a list.
     """
 
     def no_second_gradients(ctx: Any, *grads: Any) -> None:
@@ -47,8 +47,17 @@ def _called(name: str, gradients: Call, setup_context: Call = lambda ctx, inputs
     )
 
     def call(*arguments: Any) -> Any:
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or torch.jit.is_tracing() or _transformed():
             return operator(*arguments)
-        return function.apply(*arguments) if torch.is_grad_enabled() else below_autograd(*arguments)
+        differentiated = torch.is_grad_enabled() and any(
+            isinstance(one, torch.Tensor) and one.requires_grad for one in arguments
+        )
+        return function.apply(*arguments) if differentiated else below_autograd(*arguments)
 
     return call
+
+
+def _transformed() -> bool:
+    """Whether a transformation of torch.func is under way that cannot go through a function of autograd."""
+    interpreter = torch._C._functorch.peek_interpreter_stack()
+    return interpreter is not None and interpreter.key() != torch._C._functorch.TransformType.Grad

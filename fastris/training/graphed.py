@@ -36,7 +36,7 @@ def can_be_graphed(device: torch.device) -> bool:
 def new_adam(parameters: Iterable[Tensor], learning_rate: float, device: torch.device) -> torch.optim.Adam:
     """Adam; on CUDA fused, with its rate and step count on the device, so that a graph can hold it.
 
-    On the CPU fused is quicker than for each, but a resumed run then differs in its last bits.
+    On the CPU fused would be quicker than foreach, but a resumed run then differs in its last bits.
     """
     if device.type != "cuda":
         return torch.optim.Adam(parameters, lr=learning_rate, foreach=True)

@@ -140,15 +140,10 @@ def test_which_convolutions_go_by_winograd() -> None:
     assert not SameConvolution(torch.zeros(16, 2, 3, 3)).by_winograd(x)
 
 
-def test_tiles_are_large_where_that_saves_products_and_keeps_the_digits() -> None:
+def test_tiles_are_large_where_that_keeps_the_digits() -> None:
     weight = torch.zeros(16, 32, 3, 3)
-    side = SameConvolution(weight).side
-    assert side(torch.zeros(1, 32, 16, 16), 25) == 4
-    assert side(torch.zeros(1, 32, 16, 16), 24) == 2
-    assert side(torch.zeros(1, 32, 9, 8), 25) == 4  # 6 tiles of 36 products, 20 of 16
-    assert side(torch.zeros(1, 32, 9, 9), 25) == 4  # 9 and 25
-    assert side(torch.zeros(1, 32, 1, 2), 25) == 2  # 1 and 1
-    assert SameConvolution(weight, largest=2).side(torch.zeros(1, 32, 16, 16), 25) == 2
+    assert [SameConvolution(weight).side(summed) for summed in (24, 25)] == [2, 4]
+    assert SameConvolution(weight, largest=2).side(25) == 2
 
 
 @pytest.mark.parametrize("turned", [False, True])
@@ -168,20 +163,40 @@ def test_tiles_of_either_side_are_exact_but_for_rounding(side: int, turned: bool
 
 
 @pytest.mark.parametrize("side", [2, 4])
-def test_nothing_is_left_unwritten_and_the_bits_do_not_depend_on_the_threads(side: int, by_threads: Any) -> None:
+@pytest.mark.parametrize("out", [24, 130])  # fewer panels than threads may take, and several of one part
+def test_nothing_is_left_unwritten_and_the_bits_do_not_depend_on_the_threads(
+    out: int, side: int, by_threads: Any
+) -> None:
     x = torch.randn(2, 16, 31, 29).contiguous(memory_format=torch.channels_last)
-    convolution = SameConvolution(torch.randn(24, 16, 3, 3))
-    grad = torch.randn(2, 24, 31, 29)
+    grad = torch.randn(2, out, 31, 29).contiguous(memory_format=torch.channels_last)
+    convolution = SameConvolution(torch.randn(out, 16, 3, 3))
 
     def run() -> tuple[Tensor, ...]:
-        y = convolution.room(x, 24).fill_(float("nan"))
+        y, d_x = (convolution.room(x, channels).fill_(float("nan")) for channels in (out, 16))
         torch.ops.fastris.winograd_convolve_out(x, convolution.transformed(False, side), None, y)
-        return y, *convolution.backward(grad, x, True, True)
+        torch.ops.fastris.winograd_convolve_out(grad, convolution.transformed(True, side), None, d_x)
+        return y, d_x, torch.ops.fastris.winograd_weight_gradient(x, grad, side)
 
     results = by_threads(run)
     for one, other in zip(*results, strict=True):
         assert not one.isnan().any()
         assert torch.equal(one, other)
+
+
+def test_a_bias_of_any_strides_or_of_another_dtype() -> None:
+    x, weight = torch.randn(16, 8, 8, 8), torch.randn(32, 8, 3, 3)
+    for bias in (torch.randn(32, 2)[:, 0], torch.randn(1).expand(32)):
+        expected = torch.nn.functional.conv2d(x, weight, bias, padding=1)
+        torch.testing.assert_close(conv2d_same(x, weight, bias), expected, rtol=1e-4, atol=1e-4)
+    for shape in ((16, 8, 8, 8), (1, 8, 4, 4)):  # by Winograd, and by torch
+        with pytest.raises(RuntimeError, match="type"):
+            conv2d_same(torch.randn(shape), weight, torch.randn(32).double())
+
+
+def test_no_channels_come_out() -> None:
+    layout = torch.channels_last
+    x, grad = (torch.zeros(2, c, 8, 8).contiguous(memory_format=layout) for c in (8, 0))
+    assert torch.ops.fastris.winograd_weight_gradient(x, grad, 2).shape == (0, 8, 3, 3)
 
 
 def test_no_images() -> None:
@@ -231,7 +246,7 @@ def test_second_derivatives_are_refused() -> None:
         (lambda x, w, y: (x, w, None, y.bfloat16()), "y must be as large as x and of its dtype"),
         (lambda x, w, y: (x, w[..., :4], None, y), "weight must come from winograd_weight"),
         (lambda x, w, y: (x, w, None, y[:1]), "y must be as large as x"),
-        (lambda x, w, y: (x, w, torch.zeros(3), y), "bias must be float32"),
+        (lambda x, w, y: (x, w, torch.zeros(3), y), "bias must be contiguous float32"),
     ],
 )
 def test_the_kernel_checks_what_it_is_given(arguments: object, message: str) -> None:

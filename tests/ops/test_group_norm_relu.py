@@ -64,6 +64,19 @@ def test_error_is_at_most_twice_that_of_eager(
 
 
 @native
+@pytest.mark.parametrize("place", [(0, 0), (11, 7)])
+@pytest.mark.parametrize("value", [10.0, 1e4])
+def test_one_pixel_unlike_all_others(place: tuple[int, int], value: float, no_worse_than_eager: Any) -> None:
+    given, grad = arguments((2, 16, 23, 17, 4), mean=0.0), torch.randn(2, 16, 23, 17)
+    with torch.no_grad():
+        given[0][:, :, place[0], place[1]] = value
+    found = results(given, 4, group_norm_relu, grad)
+    eager = results(cast(given, torch.float32), 4, reference.group_norm_relu, grad)
+    exact = results(cast(given, torch.float64), 4, reference.group_norm_relu, grad.double())
+    no_worse_than_eager(found, eager, exact)
+
+
+@native
 def test_a_group_of_equal_numbers() -> None:
     given = arguments(SHAPES[0])
     with torch.no_grad():
@@ -125,6 +138,8 @@ def test_nothing(shape: tuple[int, ...]) -> None:
     y, d_x, d_weight, d_bias = results(given, 4, group_norm_relu, torch.zeros(shape))
     assert y.shape == d_x.shape == shape
     assert not d_weight.any() and not d_bias.any()
+    _, mean, rstd = torch.ops.fastris.group_norm_relu(*(one.detach() for one in given), 4, 0.25)
+    assert not mean.any() and torch.equal(rstd, torch.full_like(rstd, 2))
 
 
 @native

@@ -1,0 +1,69 @@
+"""with_gradients: an operator called around the dispatcher does what the operator does."""
+
+from __future__ import annotations
+
+import io
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastris import backend
+from fastris.ops.conv2d_same import conv2d_same
+from fastris.ops.group_norm_relu import group_norm_relu
+
+pytestmark = pytest.mark.skipif(backend.native_error() is not None, reason="fastris._C is not built")
+
+
+@pytest.fixture
+def inputs() -> tuple[Tensor, ...]:
+    sizes = ((4, 8, 16, 16), (12, 8, 3, 3), (12,), (12,))
+    return tuple(torch.randn(size).requires_grad_() for size in sizes)
+
+
+def called(x: Tensor, weight: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    return group_norm_relu(conv2d_same(x, weight), scale, shift, 3)
+
+
+def through_the_dispatcher(x: Tensor, weight: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    y = torch.ops.fastris.conv2d_same(x, weight, None, 1)
+    return torch.ops.fastris.group_norm_relu(y, scale, shift, 3, 1e-5)[0].permute(0, 3, 1, 2)
+
+
+def test_results_and_gradients_are_the_same_to_the_bit(inputs: tuple[Tensor, ...]) -> None:
+    y, expected = called(*inputs), through_the_dispatcher(*inputs)
+    grad = torch.randn_like(y)
+    found, truth = ((one, *torch.autograd.grad(one, inputs, grad)) for one in (y, expected))
+    assert all(torch.equal(one, other) for one, other in zip(found, truth, strict=True))
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            assert torch.equal(called(*inputs), expected) and not called(*inputs).requires_grad
+    assert not called(*(one.detach() for one in inputs)).requires_grad
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpoints(inputs: tuple[Tensor, ...], reentrant: bool) -> None:
+    y = torch.utils.checkpoint.checkpoint(called, *inputs, use_reentrant=reentrant)
+    y.square().sum().backward()
+    expected = torch.autograd.grad(called(*inputs).square().sum(), inputs)
+    assert all(torch.equal(one.grad, other) for one, other in zip(inputs, expected, strict=True))
+
+
+def test_functional_gradients(inputs: tuple[Tensor, ...]) -> None:
+    found = torch.func.grad(lambda x: called(x, *inputs[1:]).square().sum())(inputs[0].detach())
+    (expected,) = torch.autograd.grad(called(*inputs).square().sum(), inputs[0])
+    assert torch.equal(found, expected)
+
+
+def test_vmap(inputs: tuple[Tensor, ...]) -> None:
+    x, weight = inputs[:2]
+    found = torch.vmap(lambda one: conv2d_same(one, weight))(torch.stack([x, 2 * x]).detach())
+    assert torch.equal(found[0], conv2d_same(x, weight)) and torch.equal(found[1], conv2d_same(2 * x, weight))
+
+
+def test_a_trace_can_be_saved(inputs: tuple[Tensor, ...]) -> None:
+    traced = torch.jit.trace(called, inputs, check_trace=False)
+    file = io.BytesIO()
+    torch.jit.save(traced, file)
+    file.seek(0)
+    assert torch.equal(torch.jit.load(file)(*inputs), called(*inputs))
