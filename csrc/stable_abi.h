@@ -12,6 +12,7 @@
 #include <torch/headeronly/util/Half.h>
 
 #include <cstdint>
+#include <cstring>
 #include <optional>
 #include <tuple>
 #include <vector>
@@ -38,6 +39,15 @@ inline Tensor empty_on(const Tensor& like, const std::vector<int64_t>& sizes, Sc
   TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
       static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
       torch::stable::detail::to<int32_t>(torch::stable::detail::from(type)), device_type, device_index, &made));
+#if defined(__SANITIZE_ADDRESS__)  // full of NaN, so that tests see what is left unwritten
+  if (device_type == aoti_torch_device_type_cpu()) {
+    void* data = nullptr;
+    int64_t bytes = 0;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_data_ptr(made, &data));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_size(made, &bytes));
+    if (bytes > 0) std::memset(data, 0xFF, static_cast<size_t>(bytes));
+  }
+#endif
   return Tensor(made);
 }
 

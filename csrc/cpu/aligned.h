@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
 #include <memory>
 #include <new>
 
@@ -23,7 +24,11 @@ using Lanes = std::unique_ptr<T[], FreeAligned<T>>;
 template <typename T>
 Lanes<T> new_lanes(int64_t count) {
   const size_t bytes = static_cast<size_t>(std::max<int64_t>(count, 1)) * sizeof(T);
-  return Lanes<T>(static_cast<T*>(::operator new[](bytes, std::align_val_t(kCacheLine))));
+  void* lanes = ::operator new[](bytes, std::align_val_t(kCacheLine));
+#if defined(__SANITIZE_ADDRESS__)  // full of NaN, so that tests see what is read unwritten
+  std::memset(lanes, 0xFF, bytes);
+#endif
+  return Lanes<T>(static_cast<T*>(lanes));
 }
 
 template <typename T>
