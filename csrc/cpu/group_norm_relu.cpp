@@ -16,7 +16,6 @@
 namespace fastris {
 namespace {
 
-constexpr int64_t kMoments = 3;  // mean, Σ d, Σ d²
 constexpr int64_t kChunk = 128;  // pixels whose sums are in fp32; those of chunks are added in fp64
 
 struct Maps {
@@ -52,13 +51,13 @@ struct Sums {
   Sums(const Maps& maps_, int64_t kinds_)
       : maps(maps_), kinds(kinds_), of_chunks(new_lanes<float>(maps_.tasks() * kinds_ * maps_.channels)) {}
 
-  double at(int64_t task, int64_t kind, int64_t channel) const {
-    return of_chunks[(task * kinds + kind) * maps.channels + channel];
+  FASTRIS_INLINE float* at(int64_t task, int64_t kind, int64_t channel) const {
+    return of_chunks.get() + (task * kinds + kind) * maps.channels + channel;
   }
 
   double of_image(int64_t image, int64_t kind, int64_t channel) const {
     double sum = 0;
-    for (int64_t task = image * maps.chunks(); task < (image + 1) * maps.chunks(); ++task) sum += at(task, kind, channel);
+    for (int64_t task = image * maps.chunks(); task < (image + 1) * maps.chunks(); ++task) sum += *at(task, kind, channel);
     return sum;
   }
 };
@@ -66,7 +65,7 @@ struct Sums {
 // About the mean of each chunk's channel, Σ d and Σ d²: the mean is rounded, so Σ d is not quite nothing.
 struct MomentsKernel {
   Maps maps;
-  float* sums;
+  const Sums& sums;  // of three kinds: mean, Σ d, Σ d²
   int64_t begin, end;  // tasks
 
   template <int Bytes>
@@ -82,10 +81,9 @@ struct MomentsKernel {
         sum += d;
         squares += d * d;
       }
-      float* of_chunk = sums + chunk.task * kMoments * C + c;
-      unaligned_at<bytes.value>(of_chunk) = mean;
-      unaligned_at<bytes.value>(of_chunk + C) = sum;
-      unaligned_at<bytes.value>(of_chunk + 2 * C) = squares;
+      unaligned_at<bytes.value>(sums.at(chunk.task, 0, c)) = mean;
+      unaligned_at<bytes.value>(sums.at(chunk.task, 1, c)) = sum;
+      unaligned_at<bytes.value>(sums.at(chunk.task, 2, c)) = squares;
     });
   }
 };
@@ -155,7 +153,7 @@ struct Gradients {
 
 // Σ dz and Σ dz (x − μ).
 struct GradientSumsKernel : Gradients {
-  float* sums;
+  const Sums& sums;  // of two kinds
   int64_t begin, end;  // tasks
 
   template <int Bytes>
@@ -169,8 +167,8 @@ struct GradientSumsKernel : Gradients {
         sum += dz;
         product += dz * centred;
       }
-      unaligned_at<bytes.value>(sums + chunk.task * 2 * C + c) = sum;
-      unaligned_at<bytes.value>(sums + (chunk.task * 2 + 1) * C + c) = product;
+      unaligned_at<bytes.value>(sums.at(chunk.task, 0, c)) = sum;
+      unaligned_at<bytes.value>(sums.at(chunk.task, 1, c)) = product;
     });
   }
 };
@@ -210,11 +208,8 @@ Maps checked(const Tensor& x, const Tensor& weight, const Tensor& bias, int64_t 
         one->dim() == 1 && one->size(0) == C && one->scalar_type() == ScalarType::Float && one->is_contiguous(),
         "group_norm_relu: ", name, " must be contiguous float32 (C)");
   }
-  return {x.size(0), x.size(2) * x.size(3), C, groups, static_cast<const float*>(x.const_data_ptr())};
+  return {x.size(0), x.size(2) * x.size(3), C, groups, data(x)};
 }
-
-const float* data(const Tensor& tensor) { return static_cast<const float*>(tensor.const_data_ptr()); }
-float* mutable_data(Tensor& tensor) { return static_cast<float*>(tensor.data_ptr()); }
 
 struct Moments {
   double mean, variance;
@@ -228,8 +223,8 @@ Moments moments(const Maps& maps, const Sums& sums, int64_t image, int64_t first
     const double n = static_cast<double>(std::min(kChunk, maps.pixels - k * kChunk));
     for (int64_t c = first; c < first + maps.in_group(); ++c) {
       const int64_t task = image * maps.chunks() + k;
-      const double d = sums.at(task, 1, c) / n, off = sums.at(task, 0, c) + d - mean;
-      squares += sums.at(task, 2, c) - n * d * d + off * off * n * count / (n + count);
+      const double d = *sums.at(task, 1, c) / n, off = *sums.at(task, 0, c) + d - mean;
+      squares += *sums.at(task, 2, c) - n * d * d + off * off * n * count / (n + count);
       count += n;
       mean += off * n / count;
     }
@@ -242,8 +237,8 @@ std::tuple<Tensor, Tensor, Tensor> group_norm_relu(Tensor x, Tensor weight, Tens
   const Maps maps = checked(x, weight, bias, groups);
   Tensor y = empty_on(x, {x.size(0), x.size(2), x.size(3), x.size(1)}, ScalarType::Float);
   Tensor mean = empty_on(x, {maps.batch, groups}, ScalarType::Float), rstd = empty_on(x, {maps.batch, groups}, ScalarType::Float);
-  const Sums sums(maps, kMoments);
-  run_parallel(MomentsKernel{maps, sums.of_chunks.get(), 0, 0}, maps.tasks(), 4);
+  const Sums sums(maps, 3);
+  run_parallel(MomentsKernel{maps, sums, 0, 0}, maps.tasks(), 4);
   for (int64_t i = 0; i < maps.batch * groups; ++i) {
     const Moments of_group = moments(maps, sums, i / groups, i % groups * maps.in_group());
     mutable_data(mean)[i] = static_cast<float>(of_group.mean);
@@ -273,7 +268,7 @@ std::tuple<Tensor, Tensor, Tensor> group_norm_relu_backward(
   const Lanes<float> of_x = new_lanes<float>(all), added = new_lanes<float>(all);
   const Gradients gradients{maps, affine, data(grad)};
   const Sums sums(maps, 2);
-  run_parallel(GradientSumsKernel{gradients, sums.of_chunks.get(), 0, 0}, maps.tasks(), 4);
+  run_parallel(GradientSumsKernel{gradients, sums, 0, 0}, maps.tasks(), 4);
 
   Tensor d_x = empty_on(x, {x.size(0), x.size(2), x.size(3), C}, ScalarType::Float);
   Tensor d_weight = empty_on(x, {C}, ScalarType::Float), d_bias = empty_on(x, {C}, ScalarType::Float);

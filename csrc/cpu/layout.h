@@ -17,4 +17,14 @@ inline bool is_dense(const Tensor& tensor, bool channels_last) {
   return true;
 }
 
+template <typename T = float>
+const T* data(const Tensor& tensor) {
+  return static_cast<const T*>(tensor.const_data_ptr());
+}
+
+template <typename T = float>
+T* mutable_data(const Tensor& tensor) {
+  return static_cast<T*>(tensor.data_ptr());
+}
+
 }  // namespace fastris

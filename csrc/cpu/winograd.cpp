@@ -75,14 +75,22 @@ struct Strip {
   int64_t first, count, channels, some, row, place;
 };
 
-// From Size × Size pixels of every tile to To × To places: to[place][tile][channel].
-template <int Bytes, int Size, int To, typename T, typename Step>
-FASTRIS_INLINE void transform(const Strip& strip, const T* x, const T* zeros, float* to, const Step& step) {
+// step(window, t) for every tile of a strip, while the pixels of the next are under way.
+template <int Size, typename T, typename Step>
+FASTRIS_INLINE void for_tiles(const Strip& strip, const T* x, const Step& step) {
   Window<Size> next(strip.tiles, strip.first);
   for (int64_t t = 0; t < strip.count; ++t) {
     const Window<Size> window = next;
     next = Window<Size>(strip.tiles, strip.first + std::min(t + 1, strip.count - 1));
     prefetch(next, x, strip.channels, strip.some);
+    step(window, t);
+  }
+}
+
+// From Size × Size pixels of every tile to To × To places: to[place][tile][channel].
+template <int Bytes, int Size, int To, typename T, typename Step>
+FASTRIS_INLINE void transform(const Strip& strip, const T* x, const T* zeros, float* to, const Step& step) {
+  for_tiles<Size>(strip, x, [&](const Window<Size>& window, int64_t t) FASTRIS_INLINE_LAMBDA {
     const T* from[Size * Size];
     for (int64_t i = 0; i < Size * Size; ++i) {
       from[i] = window.pixels[i] < 0 ? zeros : x + window.pixels[i] * strip.channels;
@@ -95,7 +103,7 @@ FASTRIS_INLINE void transform(const Strip& strip, const T* x, const T* zeros, fl
           step,
           [&](int i, const Real& e) FASTRIS_INLINE_LAMBDA { unaligned_at<bytes.value>(row + i * strip.place + c) = e; });
     });
-  }
+  });
 }
 
 // Bᵀ x B
@@ -115,11 +123,7 @@ FASTRIS_INLINE void transform_gradients(const Strip& strip, const T* dy, const T
 // Aᵀ m A, into the pixels that there are.
 template <int Bytes, typename Filter, typename T>
 FASTRIS_INLINE void transform_outputs(const Strip& strip, const float* products, const float* bias, T* y) {
-  Window<Filter::side> next(strip.tiles, strip.first);
-  for (int64_t t = 0; t < strip.count; ++t) {
-    const Window<Filter::side> window = next;
-    next = Window<Filter::side>(strip.tiles, strip.first + std::min(t + 1, strip.count - 1));
-    prefetch(next, y, strip.channels, strip.some);
+  for_tiles<Filter::side>(strip, y, [&](const Window<Filter::side>& window, int64_t t) FASTRIS_INLINE_LAMBDA {
     const float* row = products + t * strip.row;
     for_channels<Bytes>(strip.some, [&](auto bytes, int64_t c) FASTRIS_INLINE_LAMBDA {
       using Real = Vector<float, bytes.value>;
@@ -133,7 +137,7 @@ FASTRIS_INLINE void transform_outputs(const Strip& strip, const float* products,
             if (pixel >= 0) store_lanes<bytes.value>(out + b, y + pixel * strip.channels + c);
           });
     });
-  }
+  });
 }
 
 template <typename Filter, typename T>
@@ -309,11 +313,6 @@ void with_types(int64_t side, ScalarType type, const Run& run) {
   side == 2 ? with_type(Filter<2>()) : with_type(Filter<4>());
 }
 
-template <typename T = float>
-const T* data(const Tensor& tensor) {
-  return static_cast<const T*>(tensor.const_data_ptr());
-}
-
 // Input channels of a weight that are worth a thread.
 int64_t grain(int64_t out) { return std::max<int64_t>(1, 4096 / std::max<int64_t>(1, out)); }
 
@@ -333,7 +332,7 @@ Tensor winograd_weight(Tensor weight, bool turned, int64_t side) {
       const int64_t tap = turned ? 8 - k : k;
       kernel.tap_steps[k] = tap / 3 * weight.stride(2) + tap % 3 * weight.stride(3);
     }
-    kernel.to = static_cast<float*>(transformed.data_ptr());
+    kernel.to = mutable_data(transformed);
     run_parallel(kernel, in, grain(out));
   });
   return transformed;
@@ -362,7 +361,7 @@ void winograd_convolve_out(Tensor x, Tensor weight, std::optional<Tensor> bias, 
         data<T>(x),
         data(weight),
         bias ? data(*bias) : nullptr,
-        static_cast<T*>(y.data_ptr()),
+        mutable_data<T>(y),
         0,
         0};
     run_parallel(kernel, (kernel.tiles.count + kStrip - 1) / kStrip, filter.side == 2 ? 4 : 1);
@@ -385,7 +384,7 @@ Tensor winograd_weight_gradient(Tensor x, Tensor dy, int64_t side) {
     kernel.sums = sums.get();
     run_parallel(kernel, kernel.parts() * kernel.panels(), 1);
     const SumKernel<decltype(filter)> sum{
-        in, out, kernel.parts(), kernel.part_size(), sums.get(), static_cast<float*>(gradient.data_ptr()), 0, 0};
+        in, out, kernel.parts(), kernel.part_size(), sums.get(), mutable_data(gradient), 0, 0};
     run_parallel(sum, in, grain(out));
   });
   return gradient;
