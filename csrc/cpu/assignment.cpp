@@ -54,7 +54,8 @@ void solve_batch(const AssignmentCall& call, bool maximize, SolveImages<T> solve
       static_cast<int64_t*>(call.col_of_row.data_ptr()),
       static_cast<int32_t*>(call.status.data_ptr())};
   const size_t bytes = static_cast<size_t>(scratch_bytes<T>(call.n(), call.m()) + kCacheLine);
-  const int64_t grain = std::max<int64_t>(1, 16384 / std::max<int64_t>(1, call.P * call.G));  // some 10 µs a task
+  // Some 40 µs a task: to wake and join a thread takes 7, and far more where it sleeps.
+  const int64_t grain = std::max<int64_t>(1, 4096 / std::max<int64_t>(1, call.P * call.G));
   torch::stable::parallel_for(0, call.B, grain, [&](int64_t begin, int64_t end) {
     thread_local std::vector<char> memory;  // grows to the largest matrix that a thread has seen
     if (memory.size() < bytes) memory = std::vector<char>(bytes);
