@@ -37,6 +37,7 @@ struct GatesKernel {
   }
 
  private:
+  // In two passes, so that a processor has several vectors to compute while it waits for one.
   template <int Bytes, bool Peephole>
   FASTRIS_INLINE void update(
       int64_t n,
@@ -48,21 +49,25 @@ struct GatesKernel {
       T* to_cell) const {
     using Real = Vector<T, Bytes>;
     constexpr int lanes = VectorOf<T, Bytes>::lanes;
+    const auto pre = [&](int64_t k, int64_t x) FASTRIS_INLINE_LAMBDA -> Real { return vector_at<Bytes>(gate[k].at + x); };
+    const auto w = [&](int64_t k, int64_t x) FASTRIS_INLINE_LAMBDA -> Real { return vector_at<Bytes>(weight[k].at + x); };
     for (int64_t x = 0; x < n; x += lanes) {
       prefetch_gates<Bytes>(next, x, gates, addend);
-      const auto pre = [&](int64_t k) FASTRIS_INLINE_LAMBDA -> Real { return vector_at<Bytes>(gate[k].at + x); };
-      const auto w = [&](int64_t k) FASTRIS_INLINE_LAMBDA -> Real { return vector_at<Bytes>(weight[k].at + x); };
       Real c_prev{};
       if (previous != nullptr) c_prev = unaligned_at<Bytes>(previous + x);
-      Real pre_i = pre(0), pre_f = pre(1), pre_o = pre(2);
+      Real pre_i = pre(0, x), pre_f = pre(1, x);
       if constexpr (Peephole) {
-        pre_i += w(0) * c_prev;
-        pre_f += w(1) * c_prev;
+        pre_i += w(0, x) * c_prev;
+        pre_f += w(1, x) * c_prev;
       }
-      const Real c = sigmoid<Bytes>(pre_f) * c_prev + sigmoid<Bytes>(pre_i) * hyperbolic_tangent<Bytes>(pre(3));
-      if constexpr (Peephole) pre_o += w(2) * c;
-      unaligned_at<Bytes>(to_cell + x) = c;
-      unaligned_at<Bytes>(to_hidden + x) = sigmoid<Bytes>(pre_o) * hyperbolic_tangent<Bytes>(c);
+      unaligned_at<Bytes>(to_cell + x) =
+          times_sigmoid<Bytes>(c_prev, pre_f) + sigmoid_tanh<Bytes>(pre_i, pre(3, x));
+    }
+    for (int64_t x = 0; x < n; x += lanes) {
+      const Real c = unaligned_at<Bytes>(to_cell + x);
+      Real pre_o = pre(2, x);
+      if constexpr (Peephole) pre_o += w(2, x) * c;
+      unaligned_at<Bytes>(to_hidden + x) = sigmoid_tanh<Bytes>(pre_o, c);
     }
   }
 };

@@ -207,62 +207,109 @@ void run_over_tiles(const Kernel& kernel) {
 
 // Activations. T is float or double; vectors of doubles serve gradient checks, and take the library's functions.
 
-// e^x, x clamped to where it is finite and normal: x·log₂e is rounded to an integer n, and a polynomial does the rest.
-// 2ⁿ is a factor, not added to the exponent, for that would make a number of some NaNs.
+// e^x = power + power · rest for x within ±87: x·log₂e is rounded to an integer n, power is 2ⁿ, and rest, which is e^r − 1
+// of what is left, a polynomial. 2ⁿ is a factor, not added to the exponent, for that would make a number of some NaNs.
 template <int Bytes>
-FASTRIS_INLINE Vector<float, Bytes> exponential(const Vector<float, Bytes>& x) {
+struct Exponential {
+  using Real = Vector<float, Bytes>;
+
+  Real power, rest;
+
+  FASTRIS_INLINE explicit Exponential(const Real& x) {
+    const float magic = 12583039.0f;  // 1.5 · 2²³ + 127: adding it rounds, and leaves n + 127 in the low bits
+    const Real rounded = x * 1.44269504f + magic;
+    const Real n = rounded - magic;
+    const Real r = (x - n * 0.693359375f) + n * 2.12194440e-4f;  // ln 2 in two parts, the product with the first exact
+    Real p = Real{} + 1.388251814e-3f;  // (e^r − 1 − r) / r² on [−½ ln 2, ½ ln 2]; e^r is then right to 2⁻²⁶
+    p = p * r + 8.366538151e-3f;
+    p = p * r + 4.166720042e-2f;
+    p = p * r + 1.666654349e-1f;
+    p = p * r + 0.5f;
+    rest = p * (r * r) + r;
+    power = (Real)((Vector<int32_t, Bytes>)rounded << 23);
+  }
+};
+
+constexpr float kMost = 87.0f;  // its exponential is finite, and that of −87 normal
+
+// e^−x, with x clamped.
+template <int Bytes>
+FASTRIS_INLINE Vector<float, Bytes> exponential_of_minus(const Vector<float, Bytes>& x) {
+  const Exponential<Bytes> e(-clamp<Bytes>(x, kMost));
+  return e.power * e.rest + e.power;
+}
+
+// tanh |y| = t / (t + 2) with t = e^2|y| − 1, which keeps all digits near 0; |y| no larger than `most`.
+template <int Bytes>
+struct Tangent {
   using Real = Vector<float, Bytes>;
   using Int = Vector<int32_t, Bytes>;
-  const Real y = clamp<Bytes>(x, 87.0f);
-  const float magic = 12583039.0f;  // 1.5 · 2²³ + 127: adding it rounds, and leaves n + 127 in the low bits
-  const Real rounded = y * 1.44269504f + magic;
-  const Real n = rounded - magic;
-  const Real r = (y - n * 0.693359375f) + n * 2.12194440e-4f;  // ln 2 in two parts, the product with the first exact
-  Real p = Real{} + 1.388251814e-3f;  // (e^r − 1 − r) / r² on [−½ ln 2, ½ ln 2]; e^r is then right to 2⁻²⁶
-  p = p * r + 8.366538151e-3f;
-  p = p * r + 4.166720042e-2f;
-  p = p * r + 1.666654349e-1f;
-  p = p * r + 0.5f;
-  p = p * (r * r) + r + 1.0f;
-  return p * (Real)((Int)rounded << 23);
+
+  Real t, signed_t;  // as y is
+
+  FASTRIS_INLINE Tangent(const Real& y, float most) {
+    const Int sign = (Int)y & INT32_MIN;
+    const Real size = at_most<Bytes>((Real)((Int)y ^ sign), most);
+    const Exponential<Bytes> e(size + size);
+    t = e.power * e.rest + (e.power - 1.0f);
+    signed_t = (Real)((Int)t | sign);
+  }
+};
+
+// σ(x) · tanh(y) with one division; 0 where it would be below e^−69.
+template <int Bytes>
+FASTRIS_INLINE Vector<float, Bytes> sigmoid_tanh(const Vector<float, Bytes>& x, const Vector<float, Bytes>& y) {
+  const Tangent<Bytes> tangent(y, 9.5f);  // from there on tanh is 1, and the product of the denominators finite
+  return tangent.signed_t / ((1.0f + exponential_of_minus<Bytes>(x)) * (tangent.t + 2.0f));
+}
+
+// c · σ(x)
+template <int Bytes>
+FASTRIS_INLINE Vector<float, Bytes> times_sigmoid(const Vector<float, Bytes>& c, const Vector<float, Bytes>& x) {
+  return c / (1.0f + exponential_of_minus<Bytes>(x));
+}
+
+// An activation and its slope, which has its digits also where the activation is near 1 and one less that has none.
+template <typename T, int Bytes>
+struct Activated {
+  Vector<T, Bytes> value, slope;
+};
+
+template <int Bytes>
+FASTRIS_INLINE Activated<float, Bytes> sigmoid(const Vector<float, Bytes>& x) {
+  const Vector<float, Bytes> e = exponential_of_minus<Bytes>(x), value = 1.0f / (1.0f + e);
+  return {value, e * value * value};
 }
 
 template <int Bytes>
-FASTRIS_INLINE Vector<float, Bytes> sigmoid(const Vector<float, Bytes>& x) {
-  return 1.0f / (1.0f + exponential<Bytes>(-x));
-}
-
-// 1 − 2 / (e^{2|x|} + 1) away from 0, where that would lose all digits; a polynomial near it.
-template <int Bytes>
-FASTRIS_INLINE Vector<float, Bytes> hyperbolic_tangent(const Vector<float, Bytes>& x) {
-  using Real = Vector<float, Bytes>;
-  using Int = Vector<int32_t, Bytes>;
-  const Int sign = (Int)x & INT32_MIN;
-  const Real size = (Real)((Int)x ^ sign);
-  const Real far = 1.0f - 2.0f / (exponential<Bytes>(size + size) + 1.0f);
-  const Real z = x * x;
-  Real p = Real{} - 5.70498872745e-3f;
-  p = p * z + 2.06390887954e-2f;
-  p = p * z - 5.37397155531e-2f;
-  p = p * z + 1.33314422036e-1f;
-  p = p * z - 3.33332819422e-1f;
-  const Real near = p * z * x + x;
-  const Real signed_far = (Real)((Int)far | sign);
-  return size < 0.625f ? near : signed_far;
+FASTRIS_INLINE Activated<float, Bytes> hyperbolic_tangent(const Vector<float, Bytes>& y) {
+  const Tangent<Bytes> tangent(y, kMost / 2);
+  const Vector<float, Bytes> inverse = 1.0f / (tangent.t + 2.0f), twice = 2.0f * inverse;
+  return {tangent.signed_t * inverse, (tangent.t + 1.0f) * twice * twice};
 }
 
 template <int Bytes>
-FASTRIS_INLINE Vector<double, Bytes> sigmoid(const Vector<double, Bytes>& x) {
+FASTRIS_INLINE Activated<double, Bytes> sigmoid(const Vector<double, Bytes>& x) {
   Vector<double, Bytes> y;
   for (int i = 0; i < VectorOf<double, Bytes>::lanes; ++i) y[i] = 1.0 / (1.0 + std::exp(-x[i]));
-  return y;
+  return {y, y * (1.0 - y)};
 }
 
 template <int Bytes>
-FASTRIS_INLINE Vector<double, Bytes> hyperbolic_tangent(const Vector<double, Bytes>& x) {
+FASTRIS_INLINE Activated<double, Bytes> hyperbolic_tangent(const Vector<double, Bytes>& x) {
   Vector<double, Bytes> y;
   for (int i = 0; i < VectorOf<double, Bytes>::lanes; ++i) y[i] = std::tanh(x[i]);
-  return y;
+  return {y, 1.0 - y * y};
+}
+
+template <int Bytes>
+FASTRIS_INLINE Vector<double, Bytes> sigmoid_tanh(const Vector<double, Bytes>& x, const Vector<double, Bytes>& y) {
+  return sigmoid<Bytes>(x).value * hyperbolic_tangent<Bytes>(y).value;
+}
+
+template <int Bytes>
+FASTRIS_INLINE Vector<double, Bytes> times_sigmoid(const Vector<double, Bytes>& c, const Vector<double, Bytes>& x) {
+  return c * sigmoid<Bytes>(x).value;
 }
 
 // Arguments

@@ -21,7 +21,7 @@ struct GatesBackwardKernel {
 
   template <int Bytes>
   FASTRIS_INLINE void run() const {
-    GateBuffer<T> gate[kGates], weight[kPeepholes], buffer[kBuffers], d_before;
+    GateBuffer<T> gate[kGates], weight[kPeepholes], buffer[kBuffers], forget, d_before;
     for (int64_t t = begin; t < end; ++t) {
       const GateTile tile(all, t);
       const int64_t n = tile.size;
@@ -31,8 +31,8 @@ struct GatesBackwardKernel {
       if (d_hidden != nullptr) d_h = load_state<Bytes>(d_hidden + tile.state_at, n, buffer[1].at);
       if (d_cell != nullptr) d_c = load_state<Bytes>(d_cell + tile.state_at, n, buffer[2].at);
       const GateTile next(all, t + 1 < end ? t + 1 : t);
-      peephole == nullptr ? differentiate<Bytes, false>(n, next, gate, weight, c_prev, d_h, d_c, d_before.at)
-                          : differentiate<Bytes, true>(n, next, gate, weight, c_prev, d_h, d_c, d_before.at);
+      peephole == nullptr ? differentiate<Bytes, false>(n, next, gate, weight, c_prev, d_h, d_c, forget.at, d_before.at)
+                          : differentiate<Bytes, true>(n, next, gate, weight, c_prev, d_h, d_c, forget.at, d_before.at);
       for (int64_t k = 0; k < kGates; ++k) {
         int64_t at = tile.gate_at + k * tile.length;
         for (int64_t r = 0; r < tile.rows; ++r, at += kGates * tile.length) {
@@ -48,7 +48,7 @@ struct GatesBackwardKernel {
  private:
   static constexpr int kBuffers = 3;  // c_prev, d_hidden, d_cell
 
-  // Replaces the pre-activations by their gradients.
+  // Replaces the pre-activations by their gradients, in two passes as the forward kernel.
   template <int Bytes, bool Peephole>
   FASTRIS_INLINE void differentiate(
       int64_t n,
@@ -58,38 +58,46 @@ struct GatesBackwardKernel {
       const T* before,
       const T* d_after_hidden,
       const T* d_after,
+      T* forget,
       T* d_before_cell) const {
     using Real = Vector<T, Bytes>;
     constexpr int lanes = VectorOf<T, Bytes>::lanes;
-    for (int64_t x = 0; x < n; x += lanes) {
+    const auto pre = [&](int64_t k, int64_t x) FASTRIS_INLINE_LAMBDA -> Real& { return vector_at<Bytes>(gate[k].at + x); };
+    const auto w = [&](int64_t k, int64_t x) FASTRIS_INLINE_LAMBDA -> Real { return vector_at<Bytes>(weight[k].at + x); };
+    for (int64_t x = 0; x < n; x += lanes) {  // the cell, f, and what i, f and g do to the cell
       prefetch_gates<Bytes>(next, x, gates, addend);
-      const auto pre = [&](int64_t k) FASTRIS_INLINE_LAMBDA -> Real& { return vector_at<Bytes>(gate[k].at + x); };
-      const auto w = [&](int64_t k) FASTRIS_INLINE_LAMBDA -> Real { return vector_at<Bytes>(weight[k].at + x); };
-      Real c_prev{}, d_h{}, d_c{};
+      Real c_prev{};
       if (before != nullptr) c_prev = unaligned_at<Bytes>(before + x);
+      Real pre_i = pre(0, x), pre_f = pre(1, x);
+      if constexpr (Peephole) {
+        pre_i += w(0, x) * c_prev;
+        pre_f += w(1, x) * c_prev;
+      }
+      const Activated<T, Bytes> i = sigmoid<Bytes>(pre_i), f = sigmoid<Bytes>(pre_f);
+      const Activated<T, Bytes> g = hyperbolic_tangent<Bytes>(pre(3, x));
+      pre(0, x) = g.value * i.slope;
+      pre(1, x) = c_prev * f.slope;
+      pre(3, x) = i.value * g.slope;
+      vector_at<Bytes>(forget + x) = f.value;
+      vector_at<Bytes>(d_before_cell + x) = f.value * c_prev + i.value * g.value;
+    }
+    for (int64_t x = 0; x < n; x += lanes) {
+      const Real c = vector_at<Bytes>(d_before_cell + x);
+      Real pre_o = pre(2, x), d_h{}, d_c{};
       if (d_after_hidden != nullptr) d_h = unaligned_at<Bytes>(d_after_hidden + x);
       if (d_after != nullptr) d_c = unaligned_at<Bytes>(d_after + x);
-      Real pre_i = pre(0), pre_f = pre(1), pre_o = pre(2);
-      if constexpr (Peephole) {
-        pre_i += w(0) * c_prev;
-        pre_f += w(1) * c_prev;
-      }
-      const Real i = sigmoid<Bytes>(pre_i), f = sigmoid<Bytes>(pre_f), g = hyperbolic_tangent<Bytes>(pre(3));
-      const Real c = f * c_prev + i * g;
-      if constexpr (Peephole) pre_o += w(2) * c;
-      const Real o = sigmoid<Bytes>(pre_o), tanh_c = hyperbolic_tangent<Bytes>(c);
-
-      const Real d_o = d_h * tanh_c * o * (1 - o);
-      d_c += d_h * o * (1 - tanh_c * tanh_c);
-      if constexpr (Peephole) d_c += d_o * w(2);
-      const Real d_i = d_c * g * i * (1 - i);
-      const Real d_f = d_c * c_prev * f * (1 - f);
-      Real d_before = d_c * f;
-      if constexpr (Peephole) d_before += d_i * w(0) + d_f * w(1);
-      pre(0) = d_i;
-      pre(1) = d_f;
-      pre(2) = d_o;
-      pre(3) = d_c * i * (1 - g * g);
+      if constexpr (Peephole) pre_o += w(2, x) * c;
+      const Activated<T, Bytes> o = sigmoid<Bytes>(pre_o), tanh_c = hyperbolic_tangent<Bytes>(c);
+      const Real d_o = d_h * tanh_c.value * o.slope;
+      d_c += d_h * o.value * tanh_c.slope;
+      if constexpr (Peephole) d_c += d_o * w(2, x);
+      const Real d_i = d_c * pre(0, x), d_f = d_c * pre(1, x);
+      Real d_before = d_c * vector_at<Bytes>(forget + x);
+      if constexpr (Peephole) d_before += d_i * w(0, x) + d_f * w(1, x);
+      pre(0, x) = d_i;
+      pre(1, x) = d_f;
+      pre(2, x) = d_o;
+      pre(3, x) *= d_c;
       vector_at<Bytes>(d_before_cell + x) = d_before;
     }
   }

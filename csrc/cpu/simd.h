@@ -49,21 +49,38 @@ FASTRIS_INLINE const typename UnalignedVectorOf<T, Bytes>::type& unaligned_at(co
   return *reinterpret_cast<const typename UnalignedVectorOf<T, Bytes>::type*>(lanes);
 }
 
-// x within ± limit; NaN stays. GCC takes four instructions for the comparisons that would keep NaN, so it is told the two.
+// min(x, limit); NaN stays. GCC takes more instructions for a comparison that would keep NaN, so it is told the one.
 template <int Bytes>
-FASTRIS_INLINE Vector<float, Bytes> clamp(const Vector<float, Bytes>& x, float limit) {
-  using Real = Vector<float, Bytes>;
-  const Real high = Real{} + limit, low = -high;
-  Real y;
+FASTRIS_INLINE Vector<float, Bytes> at_most(const Vector<float, Bytes>& x, float limit) {
+  const Vector<float, Bytes> most = Vector<float, Bytes>{} + limit;
 #if defined(__x86_64__)
   if constexpr (Bytes >= 32) {  // where one operand is NaN the result is the first one of AT&T's order
-    asm("vmaxps %1, %2, %0" : "=v"(y) : "v"(x), "v"(low));
-    asm("vminps %1, %2, %0" : "=v"(y) : "v"(y), "v"(high));
+    Vector<float, Bytes> y;
+    asm("vminps %1, %2, %0" : "=v"(y) : "v"(x), "v"(most));
     return y;
   }
 #endif
-  y = x < low ? low : x;
-  return y > high ? high : y;
+  return x > most ? most : x;
+}
+
+// max(x, limit); NaN stays.
+template <int Bytes>
+FASTRIS_INLINE Vector<float, Bytes> at_least(const Vector<float, Bytes>& x, float limit) {
+  const Vector<float, Bytes> least = Vector<float, Bytes>{} + limit;
+#if defined(__x86_64__)
+  if constexpr (Bytes >= 32) {
+    Vector<float, Bytes> y;
+    asm("vmaxps %1, %2, %0" : "=v"(y) : "v"(x), "v"(least));
+    return y;
+  }
+#endif
+  return x < least ? least : x;
+}
+
+// x within ± limit; NaN stays.
+template <int Bytes>
+FASTRIS_INLINE Vector<float, Bytes> clamp(const Vector<float, Bytes>& x, float limit) {
+  return at_most<Bytes>(at_least<Bytes>(x, -limit), limit);
 }
 
 // max(x, 0); NaN stays.

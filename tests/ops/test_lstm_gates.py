@@ -44,8 +44,8 @@ SHAPES = [  # B, C, H, W
 OPTIONAL = [(), ("addend",), ("bias",), ("peephole",), ("addend", "bias", "peephole")]
 ALL = OPTIONAL[-1]
 FP64_ROUNDINGS = 64 * torch.finfo(torch.float64).eps  # twice as many as there are operations on the way to a result
-SATURATION = 1.01 * math.exp(-87)
-"""Sigmoids in fp32 are no smaller: the exponential is clamped to where it is normal."""
+SATURATION = 1.01 * math.exp(-69)
+"""In fp32 a smaller product of a sigmoid and a tanh may be 0, and sigmoids are no smaller than e^-87."""
 
 
 @pytest.fixture(params=BACKENDS)
@@ -194,10 +194,10 @@ def activations(values: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def grid() -> Tensor:
-    """Every 2¹²-th float from 1e-38 to 20, and a fine grid where the two ways to compute a tanh meet, of both signs."""
+    """Every 2¹²-th float from 1e-38 to 20, and a fine grid where e^r − 1 goes over to the next power, of both signs."""
     first, last = torch.tensor([1e-38, 20.0]).view(torch.int32).tolist()
     spread = torch.arange(first, last, 4096, dtype=torch.int32).view(torch.float32)
-    around = torch.linspace(0.5, 0.75, 50_000)
+    around = torch.linspace(0.1, 0.6, 100_000)
     return torch.cat([spread, around, -spread, -around, torch.zeros(1)])
 
 
@@ -213,7 +213,7 @@ def test_relative_error_of_the_activations_over_all_scales() -> None:
         assert our_errors.square().mean().sqrt() <= 2 * their_errors.square().mean().sqrt()
     near = values.abs() < 0.625
     small = ours[near].double(), exact[1][near]
-    assert ((small[0] - small[1]).abs() <= eps * small[1].abs()).all()  # no digit is lost where tanh x is about x
+    assert ((small[0] - small[1]).abs() <= 1.5 * eps * small[1].abs()).all()  # three roundings, where tanh x is about x
 
 
 @NEEDS_EXTENSION
@@ -246,7 +246,9 @@ def test_small_and_large_pre_activations(
     assert all(one.isfinite().all() for one in found)
     # A sigmoid goes through at most two factors: of the gradients, and c_prev.
     factors = (1 + sum(float(grad.abs().max()) for grad in grads)) * (1 + float(cell_prev.detach().abs().max()))
-    no_worse_than_eager(found, eager, exact, saturation=2 * SATURATION * factors)
+    # And 1 − σ is rounded in the exact results, where σ is near 1.
+    rounded = torch.finfo(torch.float64).eps
+    no_worse_than_eager(found, eager, exact, saturation=(2 * SATURATION + rounded) * factors)
 
 
 @NEEDS_EXTENSION
