@@ -418,6 +418,7 @@ RIS_STEP = Suite(
         for labels in (
             {"shape": "32x32", "batch": "1", "steps": "3"},
             {"shape": "128x128", "batch": "4", "steps": "12"},
+            {"shape": "256x256", "batch": "4", "steps": "12"},
         )
         for one in grid(dtype=("float32", "bfloat16"))
     ],
