@@ -6,10 +6,12 @@ torch is never imported here: its headers and ``libtorch`` are found by path, so
     FASTRIS_CUDA_ARCHS  architectures, by default 8.0;9.0+PTX
     FASTRIS_SANITIZE=1  build for AddressSanitizer and UndefinedBehaviorSanitizer
     FASTRIS_WERROR=1    warnings of the compilers are errors
+    FASTRIS_OBJECTS     folder that keeps what was compiled, by default build/objects: the same is not compiled twice
 """
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import os
 import platform
@@ -19,6 +21,7 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -139,14 +142,47 @@ def _own_flags(source: Path) -> list[str]:
     return flags
 
 
+class _Objects:
+    """Compiled sources, each under a name made of all that went into it, for other builds of the same."""
+
+    kept = 4  # of each source, the newest
+
+    def __init__(self, torch_root: Path) -> None:
+        self.folder = Path(os.environ.get("FASTRIS_OBJECTS") or ROOT / "build/objects").resolve()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        # Isolated builds have their torch somewhere else each time.
+        self.names = {str(torch_root): (torch_root / "version.py").read_text(), str(ROOT): "fastris"}
+        headers = sorted((ROOT / SOURCES).glob("**/*.h"))
+        self.headers = b"".join(path.read_bytes() for path in headers)
+
+    def compile(self, command: Sequence[str], source: str, run: Callable[[Sequence[str]], None]) -> Path:
+        """The object that ``command -c source`` makes, or made."""
+        version = subprocess.run([command[0], "--version"], capture_output=True).stdout
+        said = "\0".join(command)
+        for path, name in self.names.items():
+            said = said.replace(path, name)
+        parts = repr((said, version, (ROOT / source).read_bytes(), self.headers))
+        name = Path(source).as_posix().replace("/", "_")
+        target = self.folder / f"{name}.{hashlib.sha256(parts.encode()).hexdigest()[:32]}.o"
+        if target.exists():
+            target.touch()
+            return target
+        with tempfile.TemporaryDirectory(dir=self.folder) as directory:
+            made = Path(directory, "made.o")
+            run([*command, "-c", source, "-o", str(made)])
+            made.replace(target)
+        for old in sorted(self.folder.glob(f"{name}.*.o"), key=lambda path: path.stat().st_mtime)[: -self.kept]:
+            old.unlink(missing_ok=True)
+        return target
+
+
 class BuildNative(build_ext):
     """Compile the C++ and CUDA sources with one set of flags and link them against ``libtorch`` alone."""
 
     def build_extension(self, ext: Extension) -> None:
         torch_root = _torch_root()
         assert torch_root is not None  # native_extensions() has looked
-        build = Path(self.build_temp).resolve()
-        build.mkdir(parents=True, exist_ok=True)
+        kept = _Objects(torch_root)
         includes = ["-I", str(ROOT / SOURCES), "-isystem", str(torch_root / "include")]
         python = ["-isystem", sysconfig.get_path("include")]
         defines = [f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}", f"-DPy_LIMITED_API={PYTHON_LIMITED_API}"]
@@ -160,15 +196,13 @@ class BuildNative(build_ext):
             link += sanitize
 
         def compile_source(source: str) -> Path:
-            target = build / (Path(source).as_posix().replace("/", "_") + ".o")
             own = _own_flags(Path(source))
-            self._run([*_compiler(), *flags, *own, *defines, *includes, *python, "-c", source, "-o", str(target)])
-            return target
+            return kept.compile([*_compiler(), *flags, *own, *defines, *includes, *python], source, self._run)
 
         module = str(SOURCES / "module.cpp")  # it says what the CUDA kernels were compiled for
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             compiling = [pool.submit(compile_source, source) for source in ext.sources if source != module]
-            objects, cuda_root, archs = self._cuda_objects(build, includes, defines)
+            objects, cuda_root, archs = self._cuda_objects(kept, includes, defines)
         objects += [job.result() for job in compiling]
         if cuda_root:
             defines.append(f'-DFASTRIS_CUDA_ARCHS="{archs}"')
@@ -186,7 +220,7 @@ class BuildNative(build_ext):
         self._run([*_compiler(), "-shared", *map(str, objects), *link, "-o", str(output)])
 
     def _cuda_objects(
-        self, build: Path, includes: list[str], defines: list[str]
+        self, kept: _Objects, includes: list[str], defines: list[str]
     ) -> tuple[list[Path], Path | None, str]:
         wanted = os.environ.get("FASTRIS_CUDA", "auto")
         archs = os.environ.get("FASTRIS_CUDA_ARCHS", DEFAULT_ARCHS)
@@ -203,9 +237,8 @@ class BuildNative(build_ext):
         try:
             root = _cuda_root(nvcc)
             for source in sorted((ROOT / SOURCES).glob("cuda/*.cu")):
-                target = build / f"cuda_{source.stem}.cu.o"
-                self._run([nvcc, *flags, *defines, *includes, "-c", str(source), "-o", str(target)])
-                objects.append(target)
+                command = [nvcc, *flags, *defines, *includes]
+                objects.append(kept.compile(command, str(source.relative_to(ROOT)), self._run))
         except (OSError, RuntimeError, subprocess.CalledProcessError) as error:
             if wanted == "1":
                 raise SystemExit(f"FASTRIS_CUDA=1, but the CUDA sources do not build: {error}") from error
@@ -213,6 +246,6 @@ class BuildNative(build_ext):
             return [], None, ""
         return objects, root, archs
 
-    def _run(self, command: list[str]) -> None:
+    def _run(self, command: Sequence[str]) -> None:
         print(shlex.join(command), flush=True)
         subprocess.run(command, check=True, cwd=ROOT)

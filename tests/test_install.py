@@ -28,11 +28,18 @@ needs_compiler = pytest.mark.skipif(CXX is None, reason="no C++ compiler")
 needs_nvcc = pytest.mark.skipif(NVCC is None, reason="no nvcc")
 
 
+@pytest.fixture(scope="module")
+def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("workshop")
+
+
 @pytest.fixture(autouse=True)
-def quick_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is built here need not be fast: the last ``-O`` counts, and ``-O0`` compiles in a quarter of the time."""
+def quick_compiler(workshop: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is built here need not be fast: the last ``-O`` counts, and ``-O0`` compiles in a quarter of the time. The
+    tests share what they compile."""
+    monkeypatch.setenv("FASTRIS_OBJECTS", str(workshop / "objects"))
     if CXX:
-        script = tmp_path / "c++"
+        script = workshop / "c++"
         script.write_text(f'#!/bin/sh\nexec {CXX} "$@" -O0\n')
         script.chmod(0o755)
         monkeypatch.setenv("CXX", str(script))
@@ -91,6 +98,8 @@ from fastris import backend
 assert fastris.assignment(torch.eye(2)[None]).col_of_row.tolist() == [[1, 0]]
 print(backend.native_error(), backend.cuda_archs(), sep="|")
 """
+
+LOADED = "from fastris import backend; print(backend.native_error(), backend.cuda_archs(), sep='|')"
 
 
 def test_torch_is_asked_for_only_where_there_is_none(tmp_path: Path, python: Path) -> None:
@@ -174,5 +183,22 @@ def test_a_failing_cuda_build_is_fatal_only_where_cuda_was_demanded(source: Path
     assert demanded.returncode != 0 and "FASTRIS_CUDA=1" in demanded.stderr
     welcome = run(*build, cwd=source, FASTRIS_CUDA_ARCHS="1.0")
     assert welcome.returncode == 0 and "without its CUDA kernels" in welcome.stderr
-    loaded = "from fastris import backend; print(backend.native_error(), backend.cuda_archs(), sep='|')"
-    assert passed(run(python, "-c", loaded, cwd=source)).strip() == "None|"
+    assert passed(run(python, "-c", LOADED, cwd=source)).strip() == "None|"
+
+
+@needs_compiler
+def test_only_what_changed_is_compiled_again(source: Path, python: Path) -> None:
+    def compiled() -> set[str]:
+        said = passed(run(python, "setup.py", "build_ext", "--inplace", cwd=source, **NO_CUDA))
+        return {word for word in said.split() if word.endswith(".cpp")}
+
+    compiled()
+    assert compiled() == set()
+    with (source / "csrc/cpu/place_logits.cpp").open("a") as file:
+        file.write("// changed\n")
+    assert compiled() == {"csrc/cpu/place_logits.cpp"}
+    assert passed(run(python, "-c", LOADED, cwd=source)).strip() == "None|"
+    with (source / "csrc/module.cpp").open("a") as file:
+        file.write("#error wrong\n")
+    failed = run(python, "setup.py", "build_ext", "--inplace", cwd=source, **NO_CUDA)
+    assert failed.returncode != 0 and "wrong" in failed.stderr
