@@ -6,9 +6,9 @@
 namespace fastris {
 namespace {
 
-template <int N, typename T>
+template <typename T>
 void solve_images_baseline(const AssignmentBatch<T>& batch, int64_t begin, int64_t end, char* scratch) {
-  solve_images<N>(batch, begin, end, scratch);
+  solve_images<2>(batch, begin, end, scratch);
 }
 
 // The best of this machine.
@@ -21,20 +21,20 @@ SolveImages<T> choose() {
     case SimdLevel::baseline: break;
   }
 #endif
-  return solve_images_baseline<2, T>;
+  return solve_images_baseline<T>;
 }
 
-// By number of lanes. 32 and 128 emulate in lock step what a warp and a block compute.
+// By number of lanes.
 template <typename T>
 SolveImages<T> choose(int64_t lanes) {
   switch (lanes) {
-    case 2: return solve_images_baseline<2, T>;
+    case 2: return solve_images_baseline<T>;
 #if defined(__x86_64__)
     case 4: return simd_level() >= SimdLevel::avx2 ? solve_images_avx2<T> : nullptr;
     case 8: return simd_level() >= SimdLevel::avx512 ? solve_images_avx512<T> : nullptr;
 #endif
-    case 32: return solve_images_baseline<32, T>;
-    case 128: return solve_images_baseline<128, T>;
+    case 32: return solve_images_emulated<32, T>;
+    case 128: return solve_images_emulated<128, T>;
     default: return nullptr;
   }
 }

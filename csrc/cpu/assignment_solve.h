@@ -27,6 +27,8 @@ template <typename T>
 void solve_images_avx2(const AssignmentBatch<T>& batch, int64_t begin, int64_t end, char* scratch);
 template <typename T>
 void solve_images_avx512(const AssignmentBatch<T>& batch, int64_t begin, int64_t end, char* scratch);
+template <int N, typename T>
+void solve_images_emulated(const AssignmentBatch<T>& batch, int64_t begin, int64_t end, char* scratch);
 
 namespace {
 
