@@ -23,7 +23,7 @@ from fastris.ops.autograd import with_gradients
 from fastris.ops.conv2d_same import SameConvolution, channels_last
 from fastris.ops.lstm_gates import compute_dtype, peephole_gradient
 
-RECOMPUTED = {"save": 0.0, "balanced": 0.35, "recompute": 1.0, "none": 1.0}
+RECOMPUTED = {"save": 0.0, "balanced": 0.4, "recompute": 1.0, "none": 1.0}
 """Share of the steps whose pre-activations are computed again. With "none" the cells go too: there is no backward."""
 
 # Schema. For backward alone: cells are those of every step, and kept the pre-activations of the last steps, after the
@@ -366,7 +366,7 @@ def convlstm(
     The results are channels_last. Under autocast all but the cell is cast to the autocast dtype.
 
     Args:
-        memory: what backward needs is kept ("save"), or computed again to save memory, for the first third of the steps
+        memory: what backward needs is kept ("save"), or computed again to save memory, for the first two of five steps
             ("balanced") or for all ("recompute"), which takes one more convolution for each.
 
     Raises:
