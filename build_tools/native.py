@@ -21,6 +21,7 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -145,35 +146,71 @@ def _own_flags(source: Path) -> list[str]:
 class _Objects:
     """Compiled sources, each under a name made of all that went into it, for other builds of the same."""
 
-    kept = 4  # of each source, the newest
+    day = 24 * 60 * 60.0  # in seconds; what no build has used for so long goes
+    environment = (
+        *("CPATH", "CPLUS_INCLUDE_PATH", "MACOSX_DEPLOYMENT_TARGET", "SDKROOT"),
+        *("NVCC_PREPEND_FLAGS", "NVCC_APPEND_FLAGS", "NVCC_CCBIN"),
+    )
 
-    def __init__(self, torch_root: Path) -> None:
-        self.folder = Path(os.environ.get("FASTRIS_OBJECTS") or ROOT / "build/objects").resolve()
-        self.folder.mkdir(parents=True, exist_ok=True)
+    def __init__(self, torch_root: Path, otherwise: str) -> None:
+        named = os.environ.get("FASTRIS_OBJECTS")
+        folder = Path(named or ROOT / "build/objects").resolve()
+        if not (named or _can_write(folder)):
+            folder = Path(otherwise).resolve()
+        folder.mkdir(parents=True, exist_ok=True)
+        self.folder = folder
         # Isolated builds have their torch somewhere else each time.
         self.names = {str(torch_root): (torch_root / "version.py").read_text(), str(ROOT): "fastris"}
-        headers = sorted((ROOT / SOURCES).glob("**/*.h"))
-        self.headers = b"".join(path.read_bytes() for path in headers)
+        compilers = {" ".join(one): _version(one) for one in (_compiler(), [_nvcc() or ""])}
+        variables = {name: os.environ.get(name) for name in self.environment}
+        self.surroundings = platform.uname(), compilers, variables
+        for old in folder.glob("*.o"):
+            try:
+                if time.time() - old.stat().st_mtime > self.day:
+                    old.unlink()
+            except FileNotFoundError:  # another build was first
+                pass
 
     def compile(self, command: Sequence[str], source: str, run: Callable[[Sequence[str]], None]) -> Path:
         """The object that ``command -c source`` makes, or made."""
-        version = subprocess.run([command[0], "--version"], capture_output=True).stdout
-        said = "\0".join(command)
-        for path, name in self.names.items():
-            said = said.replace(path, name)
-        parts = repr((said, version, (ROOT / source).read_bytes(), self.headers))
-        name = Path(source).as_posix().replace("/", "_")
-        target = self.folder / f"{name}.{hashlib.sha256(parts.encode()).hexdigest()[:32]}.o"
-        if target.exists():
-            target.touch()
+        target = self._target(command, source)
+        try:
+            os.utime(target)
             return target
+        except FileNotFoundError:
+            pass
         with tempfile.TemporaryDirectory(dir=self.folder) as directory:
             made = Path(directory, "made.o")
             run([*command, "-c", source, "-o", str(made)])
+            if self._target(command, source) != target:
+                raise RuntimeError(f"{source} or a header was changed while it was compiled: build again")
             made.replace(target)
-        for old in sorted(self.folder.glob(f"{name}.*.o"), key=lambda path: path.stat().st_mtime)[: -self.kept]:
-            old.unlink(missing_ok=True)
         return target
+
+    def _target(self, command: Sequence[str], source: str) -> Path:
+        said = "\0".join(command)
+        for path, name in self.names.items():
+            said = said.replace(path, name)
+        files = [ROOT / source, *sorted((ROOT / SOURCES).glob("**/*.h"))]
+        texts = [(str(path.relative_to(ROOT)), path.read_bytes()) for path in files]
+        key = hashlib.sha256(repr((said, self.surroundings, texts)).encode()).hexdigest()
+        return self.folder / f"{Path(source).as_posix().replace('/', '_')}.{key[:32]}.o"
+
+
+def _can_write(folder: Path) -> bool:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return False
+    return os.access(folder, os.W_OK)
+
+
+def _version(compiler: Sequence[str]) -> bytes:
+    """What a compiler says of itself; nothing where there is none."""
+    try:
+        return subprocess.run([*compiler, "--version"], capture_output=True).stdout
+    except OSError:
+        return b""
 
 
 class BuildNative(build_ext):
@@ -182,7 +219,7 @@ class BuildNative(build_ext):
     def build_extension(self, ext: Extension) -> None:
         torch_root = _torch_root()
         assert torch_root is not None  # native_extensions() has looked
-        kept = _Objects(torch_root)
+        kept = _Objects(torch_root, self.build_temp)
         includes = ["-I", str(ROOT / SOURCES), "-isystem", str(torch_root / "include")]
         python = ["-isystem", sysconfig.get_path("include")]
         defines = [f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}", f"-DPy_LIMITED_API={PYTHON_LIMITED_API}"]

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import textwrap
 import venv
 import zipfile
 from pathlib import Path
@@ -202,3 +203,34 @@ def test_only_what_changed_is_compiled_again(source: Path, python: Path) -> None
         file.write("#error wrong\n")
     failed = run(python, "setup.py", "build_ext", "--inplace", cwd=source, **NO_CUDA)
     assert failed.returncode != 0 and "wrong" in failed.stderr
+
+
+def test_objects_are_kept_for_a_day_and_none_of_a_source_that_changed_meanwhile(source: Path, python: Path) -> None:
+    code = """
+        import os, time
+        from pathlib import Path
+        import native
+
+        def compile(command):
+            Path(command[-1]).write_text("object")
+
+        def change(command):
+            compile(command)
+            with open("csrc/module.cpp", "a") as file:
+                file.write("// changed")
+
+        objects = native._Objects(native._torch_root(), "elsewhere")
+        made = objects.compile(["c++"], "csrc/module.cpp", compile)
+        assert objects.compile(["c++"], "csrc/module.cpp", None) == made
+        try:
+            objects.compile(["c++", "-O1"], "csrc/module.cpp", change)
+        except RuntimeError as error:
+            print(error)
+        assert list(objects.folder.iterdir()) == [made]
+        os.utime(made, (time.time() - 2 * objects.day,) * 2)
+        native._Objects(native._torch_root(), "elsewhere")
+        assert not made.exists()
+    """
+    where = {"PYTHONPATH": str(source / "build_tools"), "FASTRIS_OBJECTS": str(source / "objects")}
+    said = passed(run(python, "-c", textwrap.dedent(code), cwd=source, **where))
+    assert said == "csrc/module.cpp or a header was changed while it was compiled: build again\n"
