@@ -54,8 +54,10 @@ void solve_batch(const AssignmentCall& call, bool maximize, SolveImages<T> solve
       static_cast<int64_t*>(call.col_of_row.data_ptr()),
       static_cast<int32_t*>(call.status.data_ptr())};
   const size_t bytes = static_cast<size_t>(scratch_bytes<T>(call.n(), call.m()) + kCacheLine);
-  // Some 40 µs a task: to wake and join a thread takes 7, and far more where it sleeps.
-  const int64_t grain = std::max<int64_t>(1, 4096 / std::max<int64_t>(1, call.P * call.G));
+  // A task takes some 40 µs, for to wake and join a thread takes 7, and far more where it sleeps. A matrix takes about
+  // 5 ns · (64 + n² + n·m / 16).
+  const int64_t n = call.n(), m = call.m();
+  const int64_t grain = std::max<int64_t>(1, 8192 / (64 + n * n + n * m / 16));
   torch::stable::parallel_for(0, call.B, grain, [&](int64_t begin, int64_t end) {
     thread_local std::vector<char> memory;  // grows to the largest matrix that a thread has seen
     if (memory.size() < bytes) memory = std::vector<char>(bytes);
