@@ -259,7 +259,7 @@ struct Tangent {
 // σ(x) · tanh(y) with one division; 0 where it would be below e^−69.
 template <int Bytes>
 FASTRIS_INLINE Vector<float, Bytes> sigmoid_tanh(const Vector<float, Bytes>& x, const Vector<float, Bytes>& y) {
-  const Tangent<Bytes> tangent(y, 9.5f);  // from there on tanh is 1, and the product of the denominators finite
+  const Tangent<Bytes> tangent(y, 9.5f);  // from there on tanh is 1; the denominators' product may be infinite
   return tangent.signed_t / ((1.0f + exponential_of_minus<Bytes>(x)) * (tangent.t + 2.0f));
 }
 
@@ -269,7 +269,7 @@ FASTRIS_INLINE Vector<float, Bytes> times_sigmoid(const Vector<float, Bytes>& c,
   return c / (1.0f + exponential_of_minus<Bytes>(x));
 }
 
-// An activation and its slope, which has its digits also where the activation is near 1 and one less that has none.
+// An activation and its slope. In fp32 that has its digits also where the activation is near 1, and one less that none.
 template <typename T, int Bytes>
 struct Activated {
   Vector<T, Bytes> value, slope;

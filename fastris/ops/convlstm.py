@@ -366,8 +366,8 @@ def convlstm(
     The results are channels_last. Under autocast all but the cell is cast to the autocast dtype.
 
     Args:
-        memory: what backward needs is kept ("save"), or computed again to save memory, for the first two of five steps
-            ("balanced") or for all ("recompute"), which takes one more convolution for each.
+        memory: what backward needs is kept ("save"), or computed again to save memory, for the first two fifths of
+            the steps ("balanced") or for all ("recompute"), which takes one more convolution for each.
 
     Raises:
         TypeError: no tensors.

@@ -445,7 +445,7 @@ def test_each_memory_policy_keeps_less_than_the_one_before(constant: bool, given
     case = Case((steps, batch, 2, channels, height, width), torch.float32, constant=constant, given=given)
     state = batch * channels * height * width * 4
     save, balanced, recompute = (kept(case, memory=memory) for memory in MEMORY)
-    # Cells, and the hoisted part that a constant x has in any case; of the gates all, three of five, or none.
+    # Cells, and the hoisted part that a constant x has in any case; of the gates all, three fifths, or none.
     at_least = state * steps + (4 * state if constant else 0)
     moving = steps - (constant and "hidden" not in given)
     assert recompute == at_least

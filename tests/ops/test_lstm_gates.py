@@ -217,6 +217,22 @@ def test_relative_error_of_the_activations_over_all_scales() -> None:
 
 
 @NEEDS_EXTENSION
+def test_relative_error_of_the_slopes() -> None:
+    """Also where the activation itself rounds to 1, and one less that, or less its square, to 0."""
+    values = torch.linspace(-60, 60, 100_001)
+    row, large = values.view(1, 1, 1, -1), torch.full((1, 1, 1, len(values)), 100.0)
+    of_sigmoid, of_tanh = torch.cat([row, large, large, large], 1), torch.cat([large, large, large, row / 2], 1)
+    exponential = values.double().abs().neg().exp()
+    exact = exponential / (1 + exponential).square()  # σ'(x), and a quarter of tanh'(x/2)
+    for gates, channel, scale in ((of_sigmoid, 0, 1), (of_tanh, 3, 4)):
+        gates.requires_grad_()
+        _, cell = lstm_gates(gates, torch.zeros_like(row))
+        (found,) = torch.autograd.grad(cell.sum(), gates)
+        error = (found[0, channel, 0].double() / scale - exact).abs() / exact
+        assert error.max() <= 4 * torch.finfo(torch.float32).eps  # three products of what errs by one and a half each
+
+
+@NEEDS_EXTENSION
 def test_activations_are_bounded_symmetric_and_keep_the_sign_of_zero() -> None:
     values = torch.cat([grid(), torch.tensor([1e4, 1e38, float("inf")])])
     sigmoid, tanh = activations(values)
