@@ -229,7 +229,7 @@ class BuildNative(build_ext):
         link: list[str] = []
         if os.environ.get("FASTRIS_SANITIZE") == "1":
             sanitize = ["-fsanitize=address,undefined", "-fno-omit-frame-pointer"]
-            flags += [*sanitize, "-fno-sanitize-recover=all", "-O1", "-g"]
+            flags += [*sanitize, "-fno-sanitize-recover=all", "-O1", "-g1"]
             link += sanitize
 
         def compile_source(source: str) -> Path:
