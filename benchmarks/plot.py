@@ -36,6 +36,7 @@ def draw(path: Path) -> list[Path]:
 def _draw(result: dict[str, Any], cases: list[dict[str, Any]], dtype: str | None, target: Path) -> None:
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
+    from matplotlib.ticker import LogLocator, NullLocator
 
     names = list(dict.fromkeys(name for case in cases for name in case["peers"]))
     shapes = list(dict.fromkeys(case["labels"]["shape"] for case in cases))
@@ -53,6 +54,9 @@ def _draw(result: dict[str, Any], cases: list[dict[str, Any]], dtype: str | None
                     panel.plot([low, high], [height, height], color=_colour(names, name), linewidth=1.5)
                     panel.plot(median, height, alpha=0.85, **_mark(names, name))
         panel.set_xscale("log")
+        panel.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        panel.xaxis.set_major_formatter(lambda microseconds, _: _short(microseconds))
+        panel.xaxis.set_minor_locator(NullLocator())
         panel.set_xlabel(f"µs per {result['item']}, median and quartiles")
         panel.set_title(shape.replace("x", "×"))
         panel.set_yticks(range(len(of_shape)), [_row(case["labels"]) for case in of_shape], fontsize=8)
@@ -71,6 +75,14 @@ def _draw(result: dict[str, Any], cases: list[dict[str, Any]], dtype: str | None
     figure.suptitle(" · ".join(filter(None, heading)))
     with atomic_write(target) as temporary:
         figure.savefig(temporary, dpi=120)
+
+
+def _short(number: float) -> str:
+    """As in 0.5, 20, 5k and 10M."""
+    for size, unit in ((1e6, "M"), (1e3, "k")):
+        if number >= size:
+            return f"{number / size:g}{unit}"
+    return f"{number:g}"
 
 
 def _row(labels: dict[str, str]) -> str:
