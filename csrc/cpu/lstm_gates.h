@@ -245,7 +245,7 @@ struct Tangent {
   using Real = Vector<float, Bytes>;
   using Int = Vector<int32_t, Bytes>;
 
-  Real t, signed_t;  // as y is
+  Real t, signed_t;  // the latter with the sign of y
 
   FASTRIS_INLINE Tangent(const Real& y, float most) {
     const Int sign = (Int)y & INT32_MIN;

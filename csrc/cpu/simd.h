@@ -86,8 +86,7 @@ FASTRIS_INLINE Vector<float, Bytes> clamp(const Vector<float, Bytes>& x, float l
 // max(x, 0); NaN stays.
 template <int Bytes>
 FASTRIS_INLINE Vector<float, Bytes> rectified(const Vector<float, Bytes>& x) {
-  const Vector<float, Bytes> zero = {};
-  return x < zero ? zero : x;
+  return at_least<Bytes>(x, 0.0f);
 }
 
 // Steps over n channels of fp32 by whole vectors, the last ending at n, where some come twice; by single ones if there are
