@@ -15,9 +15,6 @@ namespace fastris {
 // Pixels at a time: enough that keeping sums in registers pays, with tens of rows still in the second level of cache.
 constexpr int64_t kTile = 1024;
 
-// Of a label map fewer are best: its rows need not be loaded, and its segments should stay in the first level of cache.
-constexpr int64_t kLabelTile = 256;
-
 // A loaded row goes on with zeros to a multiple of this: whole groups of four of the widest vectors.
 constexpr int64_t kGroup = 64;
 inline int64_t end_of_group(int64_t n) { return (n + kGroup - 1) / kGroup * kGroup; }
@@ -43,7 +40,7 @@ struct Masks {
   Tensor tensor;  // (B, R, N)
   ScalarType type;
   const void* data;
-  int64_t batch_stride, row_stride, pixel_stride;
+  int64_t batch_stride, row_stride, pixel_stride, pixel_bytes;
 
   explicit Masks(const Tensor& masks)
       : tensor(torch::stable::flatten(masks, 2, 3)),
@@ -51,21 +48,18 @@ struct Masks {
         data(tensor.const_data_ptr()),
         batch_stride(tensor.stride(0)),
         row_stride(tensor.stride(1)),
-        pixel_stride(tensor.stride(2)) {}
+        pixel_stride(tensor.stride(2)),
+        pixel_bytes(pixel_stride * static_cast<int64_t>(tensor.element_size())) {}
+
+  int64_t at(int64_t b, int64_t row, int64_t x) const { return b * batch_stride + row * row_stride + x * pixel_stride; }
+  const char* address(int64_t b, int64_t row, int64_t x) const {
+    return static_cast<const char*>(data) + at(b, row, x) * static_cast<int64_t>(tensor.element_size());
+  }
 };
 
 template <typename From>
 FASTRIS_INLINE const From* pixels_of(const Masks& masks, int64_t b, int64_t row, int64_t x) {
-  return static_cast<const From*>(masks.data) + b * masks.batch_stride + row * masks.row_stride +
-      x * masks.pixel_stride;
-}
-
-// Dozens of rows are read by turns, more than the processor's own prefetcher follows: ask for the next tile, in the
-// second level of cache, because the first one is full.
-template <typename From>
-FASTRIS_INLINE void prefetch_next(const From* from, int64_t n) {
-  constexpr int64_t line = kCacheLine / static_cast<int64_t>(sizeof(From));
-  for (int64_t i = 0; i < n; i += line) __builtin_prefetch(from + n + i, 0, 2);
+  return static_cast<const From*>(masks.data) + masks.at(b, row, x);
 }
 
 template <typename From, typename To>
@@ -75,7 +69,6 @@ FASTRIS_INLINE void load_row_of(const Masks& masks, int64_t b, int64_t row, int6
     for (int64_t i = 0; i < n; ++i) to[i] = static_cast<To>(from[i * masks.pixel_stride]);
     return;
   }
-  prefetch_next(from, n);
   for (int64_t i = 0; i < n; ++i) to[i] = static_cast<To>(from[i]);
 }
 
@@ -101,19 +94,24 @@ FASTRIS_INLINE void load_row(const Masks& masks, int64_t b, int64_t row, int64_t
   std::fill(to + n, to + end_of_group(n), To(0));
 }
 
-// The same pixels where they are, if they are whole vectors of the compute type, and otherwise loaded.
+template <typename T>
+struct Rows {
+  const T* first;
+  int64_t stride;
+};
+
+// Pixels [x, x + n) of `count` rows: where they are, if they are whole vectors of the compute type, or else loaded.
 template <int Bytes, typename T>
-FASTRIS_INLINE const T* row_at(const Masks& masks, int64_t b, int64_t row, int64_t x, int64_t n, T* loaded) {
+FASTRIS_INLINE Rows<T> rows_at(
+    const Masks& masks, int64_t b, int64_t row, int64_t count, int64_t x, int64_t n, T* loaded) {
   constexpr ScalarType own = sizeof(T) == 8 ? ScalarType::Double : ScalarType::Float;
-  if (masks.type == own && masks.pixel_stride == 1 && n % VectorOf<T, Bytes>::lanes == 0) {
+  constexpr int64_t lanes = VectorOf<T, Bytes>::lanes;
+  if (masks.type == own && masks.pixel_stride == 1 && n % lanes == 0 && masks.row_stride % lanes == 0) {
     const T* there = pixels_of<T>(masks, b, row, x);
-    if (reinterpret_cast<uintptr_t>(there) % Bytes == 0) {
-      prefetch_next(there, n);
-      return there;
-    }
+    if (reinterpret_cast<uintptr_t>(there) % Bytes == 0) return {there, masks.row_stride};
   }
-  load_row(masks, b, row, x, n, loaded);
-  return loaded;
+  for (int64_t r = 0; r < count; ++r) load_row(masks, b, row + r, x, n, loaded + r * kTileRow<T>);
+  return {loaded, kTileRow<T>};
 }
 
 inline void check_masks(const Tensor& masks, const char* name) {
@@ -163,39 +161,57 @@ load_labels(const LabelMap& map, int64_t b, int64_t x, int64_t n, int64_t num_la
   std::fill(to + n, to + end_of_group(n), To(0));
 }
 
-// A tile of a label map: for every vector of pixels and every label in it, which lanes have that label. Label maps are
-// constant over long runs, so that most vectors have one label or only background, which is left out.
+// A tile of a label map. Label maps are constant over long stretches: vectors of pixels with one label make runs. In a
+// vector of several labels each but the background has a part, which is a mask; among the runs it counts as background.
 template <typename T, int Bytes>
 struct Segments {
   using Label = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;
   static constexpr int lanes = VectorOf<T, Bytes>::lanes;
 
-  Vector<Label, Bytes> mask[kLabelTile];  // all bits of a lane set or none
-  int64_t label[kLabelTile];              // 1 … num_labels
-  int64_t pixel[kLabelTile];              // the first of the vector, within the tile
-  int64_t count;
+  struct Run {
+    int64_t label;       // 0 … num_labels, 0 the background
+    int64_t begin, end;  // pixels, whole vectors within the tile
+  };
+  struct Part {
+    Vector<Label, Bytes> mask;  // all bits of a lane set or none
+    int64_t label;              // 1 … num_labels
+    int64_t pixel;              // the first of the vector
+  };
+  int64_t num_runs, num_parts;
+  Run run[kTile / lanes];
+  Part part[kTile];
 
   FASTRIS_INLINE void find(const LabelMap& map, int64_t b, int64_t x, int64_t n, int64_t num_labels) {
-    alignas(kCacheLine) Label labels[kLabelTile];
+    alignas(kCacheLine) Label labels[kTile];
     if (map.wide) {
       load_labels<int64_t>(map, b, x, n, num_labels, labels);
     } else {
       load_labels<int32_t>(map, b, x, n, num_labels, labels);
     }
-    count = 0;
-    for (int64_t first = 0; first < n; first += lanes) {
-      Label* left = labels + first;  // the lanes not yet in a segment, the others 0
-      Label any = 0;
-      for (int i = 0; i < lanes; ++i) any |= left[i];
-      if (any == 0) continue;
-      for (int i = 0; i < lanes; ++i) {
-        if (left[i] == 0) continue;
-        label[count] = left[i];
-        pixel[count] = first;
-        mask[count] = vector_at<Bytes>(left) == left[i];
-        vector_at<Bytes>(left) &= ~mask[count];
-        ++count;
+    num_runs = num_parts = 0;
+    for (int64_t pixel = 0; pixel < n; pixel += lanes) {
+      Label* label = labels + pixel;
+      Label other = 0;
+      for (int i = 1; i < lanes; ++i) other |= label[i] ^ label[0];
+      const Label whole = other == 0 ? label[0] : 0;
+      if (other != 0) find_parts(pixel, label);
+      if (num_runs > 0 && run[num_runs - 1].label == whole) {
+        run[num_runs - 1].end = pixel + lanes;
+      } else {
+        run[num_runs++] = {whole, pixel, pixel + lanes};
       }
+    }
+  }
+
+ private:
+  FASTRIS_INLINE void find_parts(int64_t pixel, Label* left) {
+    for (int i = 0; i < lanes; ++i) {
+      if (left[i] == 0) continue;
+      Part& to = part[num_parts++];
+      to.label = left[i];
+      to.pixel = pixel;
+      to.mask = vector_at<Bytes>(left) == left[i];
+      vector_at<Bytes>(left) &= ~to.mask;
     }
   }
 };

@@ -17,6 +17,7 @@ constexpr int64_t kFlush = 4096;  // pixels whose sums are kept in lanes
 // AVX2.
 template <int Bytes>
 constexpr int kBlockRows = Bytes == 64 ? 6 : Bytes == 32 ? 3 : 2;
+constexpr int kLabelRows = 4;  // that are added up together beside a label map
 
 // The sums of one image and chunk: for every prediction Σqy with every target and then Σq, after that Σy of every
 // target.
@@ -43,55 +44,66 @@ FASTRIS_INLINE double take_lanes(Vector<T, Bytes>& sum) {
 template <typename T, int Bytes>
 FASTRIS_INLINE void add_row(const T* row, int64_t vectors, Vector<T, Bytes>& sum) {
   constexpr int lanes = VectorOf<T, Bytes>::lanes;
-  Vector<T, Bytes> even = sum, odd{};
+  Vector<T, Bytes> part[4] = {sum};  // whose additions overlap
   int64_t v = 0;
-  for (; v + 1 < vectors; v += 2) {
-    even += vector_at<Bytes>(row + v * lanes);
-    odd += vector_at<Bytes>(row + (v + 1) * lanes);
+  for (; v + 4 <= vectors; v += 4) {
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) part[i] += vector_at<Bytes>(row + (v + i) * lanes);
   }
-  if (v < vectors) even += vector_at<Bytes>(row + v * lanes);
-  sum = even + odd;
+  for (; v < vectors; ++v) part[0] += vector_at<Bytes>(row + v * lanes);
+  sum = (part[0] + part[1]) + (part[2] + part[3]);
 }
 
-// Adds the products of Rows rows of q with kColumns rows of y to their sums; those of two targets are `stride` apart.
-template <typename T, int Bytes, int Rows>
-FASTRIS_INLINE void
-multiply_block(const T* q, const T* y, int64_t vectors, Vector<T, Bytes>* sums, int64_t stride) {
+// What to fetch meanwhile: one address for every vector.
+struct Ahead {
+  const char* address;
+  int64_t step;
+};
+
+// The rows of the next tile by turns. A product is bound by arithmetic and leaves the memory idle; dozens of rows are
+// more than the processor's own prefetcher follows.
+template <int lanes>
+struct NextTile {
+  const Masks& pred;
+  const Masks& masks;
+  int64_t b, first, rows, targets, x;
+  int64_t row = 0;
+
+  FASTRIS_INLINE Ahead next() {
+    const int64_t i = row++;
+    if (i < rows) return {pred.address(b, first + i, x), lanes * pred.pixel_bytes};
+    if (i < rows + targets) return {masks.address(b, i - rows, x), lanes * masks.pixel_bytes};
+    return {pred.address(b, first, x), 0};
+  }
+};
+
+// Adds the products of Count rows of q with kColumns rows of y to their sums; those of two targets are `stride` apart.
+template <typename T, int Bytes, int Count>
+FASTRIS_INLINE void multiply_block(
+    const Rows<T>& q, const T* y, int64_t vectors, Vector<T, Bytes>* sums, int64_t stride, const Ahead& ahead) {
   constexpr int lanes = VectorOf<T, Bytes>::lanes;
-  Vector<T, Bytes> sum[Rows][kColumns];
+  Vector<T, Bytes> sum[Count][kColumns];
 #pragma GCC unroll 8
-  for (int r = 0; r < Rows; ++r) {
+  for (int r = 0; r < Count; ++r) {
 #pragma GCC unroll 4
     for (int c = 0; c < kColumns; ++c) sum[r][c] = sums[c * stride + r];
   }
   for (int64_t v = 0; v < vectors; ++v) {
+    __builtin_prefetch(ahead.address + v * ahead.step, 0, 2);  // into the second level of cache
     Vector<T, Bytes> column[kColumns];
 #pragma GCC unroll 4
     for (int c = 0; c < kColumns; ++c) column[c] = vector_at<Bytes>(y + c * kTileRow<T> + v * lanes);
 #pragma GCC unroll 8
-    for (int r = 0; r < Rows; ++r) {
-      const Vector<T, Bytes> row = vector_at<Bytes>(q + r * kTileRow<T> + v * lanes);
+    for (int r = 0; r < Count; ++r) {
+      const Vector<T, Bytes> row = vector_at<Bytes>(q.first + r * q.stride + v * lanes);
 #pragma GCC unroll 4
       for (int c = 0; c < kColumns; ++c) sum[r][c] += row * column[c];
     }
   }
 #pragma GCC unroll 8
-  for (int r = 0; r < Rows; ++r) {
+  for (int r = 0; r < Count; ++r) {
 #pragma GCC unroll 4
     for (int c = 0; c < kColumns; ++c) sums[c * stride + r] = sum[r][c];
-  }
-}
-
-// The last rows, fewer than Rows + 1 of them.
-template <typename T, int Bytes, int Rows>
-FASTRIS_INLINE void
-multiply_rest(const T* q, const T* y, int64_t vectors, Vector<T, Bytes>* sums, int64_t stride, int64_t rows) {
-  if constexpr (Rows > 0) {
-    if (rows == Rows) {
-      multiply_block<T, Bytes, Rows>(q, y, vectors, sums, stride);
-    } else {
-      multiply_rest<T, Bytes, Rows - 1>(q, y, vectors, sums, stride, rows);
-    }
   }
 }
 
@@ -119,10 +131,10 @@ struct SumKernel {
   FASTRIS_INLINE void run_tasks() const {
     using Vec = Vector<T, Bytes>;
     constexpr int lanes = VectorOf<T, Bytes>::lanes;
-    constexpr int64_t tile = WithMasks ? kTile : kLabelTile;
+    constexpr int block_rows = WithMasks ? kBlockRows<Bytes> : kLabelRows;
     const int64_t padded_targets = (layout.G + kColumns - 1) / kColumns * kColumns;
     const int64_t panel = std::min(kPanel, layout.P);
-    const Lanes<T> q = new_lanes<T>(WithMasks ? panel * kTileRow<T> : tile);
+    const Lanes<T> q = new_lanes<T>(block_rows * kTileRow<T>);
     const Lanes<T> y = new_lanes<T>(WithMasks ? padded_targets * kTileRow<T> : 0);
     const Lanes<Segments<T, Bytes>> segments = new_lanes<Segments<T, Bytes>>(WithMasks ? 0 : 1);
     // Σqy of a target with the rows of the panel, for every target; then Σq of the rows; then Σy
@@ -147,26 +159,29 @@ struct SumKernel {
       }
 
       int64_t pixels = 0;  // since the last flush
-      for (int64_t x = chunks.begin(chunk); x < chunks.end(chunk); x += tile) {
-        const int64_t n = std::min(tile, chunks.end(chunk) - x);
+      for (int64_t x = chunks.begin(chunk); x < chunks.end(chunk); x += kTile) {
+        const int64_t n = std::min(kTile, chunks.end(chunk) - x);
         const int64_t vectors = (n + lanes - 1) / lanes;
         if constexpr (WithMasks) {
-          for (int64_t r = 0; r < rows; ++r) {
-            load_row(pred, b, first + r, x, n, q.get() + r * kTileRow<T>);
-            add_row<T, Bytes>(q.get() + r * kTileRow<T>, vectors, of_pred[r]);
-          }
           for (int64_t g = 0; g < targets; ++g) {
             load_row(*masks, b, g, x, n, y.get() + g * kTileRow<T>);
             add_row<T, Bytes>(y.get() + g * kTileRow<T>, vectors, of_target[g]);
           }
-          multiply<Bytes>(q.get(), y.get(), vectors, rows, targets, pair);
+          NextTile<lanes> ahead{pred, *masks, b, first, rows, targets, x + n};
+          for_rows<block_rows>(rows, [&](auto count, int64_t r) FASTRIS_INLINE_LAMBDA {
+            const Rows<T> block = rows_at<Bytes>(pred, b, first + r, count, x, n, q.get());
+            for (int i = 0; i < count; ++i) add_row<T, Bytes>(block.first + i * block.stride, vectors, of_pred[r + i]);
+            for (int64_t g = 0; g < targets; g += kColumns) {
+              multiply_block<T, Bytes, count>(
+                  block, y.get() + g * kTileRow<T>, vectors, pair + g * rows + r, rows, ahead.next());
+            }
+          });
         } else {
           segments[0].find(*labels, b, x, n, targets);
-          for (int64_t r = 0; r < rows; ++r) {
-            const T* row = row_at<Bytes>(pred, b, first + r, x, n, q.get());
-            add_row<T, Bytes>(row, vectors, of_pred[r]);
-            add_segments<Bytes>(segments[0], row, pair + r, rows);
-          }
+          for_rows<block_rows>(rows, [&](auto count, int64_t r) FASTRIS_INLINE_LAMBDA {
+            const Rows<T> block = rows_at<Bytes>(pred, b, first + r, count, x, n, q.get());
+            add_segments<Bytes, count>(segments[0], block, pair + r, rows, of_pred + r);
+          });
           count_segments<Bytes>(segments[0], of_target);
         }
         pixels += n;
@@ -190,36 +205,62 @@ struct SumKernel {
     }
   }
 
-  template <int Bytes>
-  FASTRIS_INLINE static void multiply(
-      const T* q, const T* y, int64_t vectors, int64_t rows, int64_t targets, Vector<T, Bytes>* pair) {
-    constexpr int block = kBlockRows<Bytes>;
-    for (int64_t g = 0; g < targets; g += kColumns) {
-      int64_t r = 0;
-      for (; r + block <= rows; r += block) {
-        multiply_block<T, Bytes, block>(
-            q + r * kTileRow<T>, y + g * kTileRow<T>, vectors, pair + g * rows + r, rows);
-      }
-      multiply_rest<T, Bytes, block - 1>(
-          q + r * kTileRow<T>, y + g * kTileRow<T>, vectors, pair + g * rows + r, rows, rows - r);
-    }
+  // step(count, r) for every `Most` rows and those that are left, the count as a type.
+  template <int Most, typename Step>
+  FASTRIS_INLINE static void for_rows(int64_t rows, const Step& step, int64_t r = 0) {
+    for (; r + Most <= rows; r += Most) step(std::integral_constant<int, Most>(), r);
+    if constexpr (Most > 1) for_rows<Most - 1>(rows, step, r);
   }
 
-  // Adds the pixels of each label to its sum; those of two labels are `stride` apart.
-  template <int Bytes>
-  FASTRIS_INLINE static void
-  add_segments(const Segments<T, Bytes>& segments, const T* row, Vector<T, Bytes>* sums, int64_t stride) {
-    for (int64_t s = 0; s < segments.count; ++s) {
-      const Vector<T, Bytes>& values = vector_at<Bytes>(row + segments.pixel[s]);
-      add_masked(sums[(segments.label[s] - 1) * stride], values, segments.mask[s]);
+  // Adds the pixels of each label in Count rows to its sums, and all pixels to `all`; the sums of two labels are `stride`
+  // apart.
+  template <int Bytes, int Count>
+  FASTRIS_INLINE static void add_segments(
+      const Segments<T, Bytes>& segments,
+      const Rows<T>& row,
+      Vector<T, Bytes>* sums,
+      int64_t stride,
+      Vector<T, Bytes>* all) {
+    constexpr int lanes = VectorOf<T, Bytes>::lanes;
+    Vector<T, Bytes> total[Count] = {};
+    for (int64_t i = 0; i < segments.num_runs; ++i) {
+      const auto& run = segments.run[i];
+      Vector<T, Bytes> sum[Count] = {};
+      for (int64_t x = run.begin; x < run.end; x += lanes) {
+#pragma GCC unroll 8
+        for (int r = 0; r < Count; ++r) sum[r] += vector_at<Bytes>(row.first + r * row.stride + x);
+      }
+#pragma GCC unroll 8
+      for (int r = 0; r < Count; ++r) total[r] += sum[r];
+      if (run.label > 0) {
+#pragma GCC unroll 8
+        for (int r = 0; r < Count; ++r) sums[(run.label - 1) * stride + r] += sum[r];
+      }
     }
+    for (int64_t i = 0; i < segments.num_parts; ++i) {
+      const auto& part = segments.part[i];
+#pragma GCC unroll 8
+      for (int r = 0; r < Count; ++r) {
+        add_masked(
+            sums[(part.label - 1) * stride + r], vector_at<Bytes>(row.first + r * row.stride + part.pixel), part.mask);
+      }
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < Count; ++r) all[r] += total[r];
   }
 
   template <int Bytes>
   FASTRIS_INLINE static void count_segments(const Segments<T, Bytes>& segments, Vector<T, Bytes>* sums) {
+    constexpr int lanes = VectorOf<T, Bytes>::lanes;
+    for (int64_t i = 0; i < segments.num_runs; ++i) {
+      const auto& run = segments.run[i];
+      if (run.label > 0) sums[run.label - 1] += static_cast<T>((run.end - run.begin) / lanes);
+    }
     Vector<T, Bytes> one{};
     one += T(1);
-    for (int64_t s = 0; s < segments.count; ++s) add_masked(sums[segments.label[s] - 1], one, segments.mask[s]);
+    for (int64_t i = 0; i < segments.num_parts; ++i) {
+      add_masked(sums[segments.part[i].label - 1], one, segments.part[i].mask);
+    }
   }
 };
 

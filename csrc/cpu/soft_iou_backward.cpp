@@ -38,9 +38,8 @@ struct WeightedSumKernel {
       const int64_t b = task / chunks.count;
       const int64_t chunk = task % chunks.count;
       find_weights(weight + b * P * G, columns.data(), column_end.data(), used.data());
-      const int64_t tile = masks ? kTile : kLabelTile;
-      for (int64_t x = chunks.begin(chunk); x < chunks.end(chunk); x += tile) {
-        const int64_t n = std::min(tile, chunks.end(chunk) - x);
+      for (int64_t x = chunks.begin(chunk); x < chunks.end(chunk); x += kTile) {
+        const int64_t n = std::min(kTile, chunks.end(chunk) - x);
         for (int64_t g = 0; masks && g < G; ++g) {
           if (used[g]) load_row(*masks, b, g, x, n, y.get() + g * kTileRow<T>);
         }
@@ -53,7 +52,7 @@ struct WeightedSumKernel {
           if (masks) {
             add_masks<Bytes>(offset[b * P + p], weights, column, count, y.get(), row.get(), n);
           } else {
-            add_labels<Bytes>(offset[b * P + p], weights, count > 0, segments[0], row.get(), n);
+            add_labels<Bytes>(offset[b * P + p], weights, count > 0, segments[0], row.get());
           }
           store(row.get(), n, (b * P + p) * chunks.N + x);
         }
@@ -98,13 +97,17 @@ struct WeightedSumKernel {
 
   template <int Bytes>
   FASTRIS_INLINE static void add_labels(
-      T offset, const T* weights, bool any_weight, const Segments<T, Bytes>& segments, T* row, int64_t n) {
-    std::fill(row, row + end_of_group(n), offset);
-    if (!any_weight) return;
-    for (int64_t s = 0; s < segments.count; ++s) {
+      T offset, const T* weights, bool any_weight, const Segments<T, Bytes>& segments, T* row) {
+    for (int64_t i = 0; i < segments.num_runs; ++i) {
+      const auto& run = segments.run[i];
+      const bool weighed = any_weight && run.label > 0;
+      std::fill(row + run.begin, row + run.end, weighed ? offset + weights[run.label - 1] : offset);
+    }
+    for (int64_t i = 0; any_weight && i < segments.num_parts; ++i) {
+      const auto& part = segments.part[i];
       Vector<T, Bytes> factor{};
-      factor += weights[segments.label[s] - 1];
-      add_masked(vector_at<Bytes>(row + segments.pixel[s]), factor, segments.mask[s]);
+      factor += weights[part.label - 1];
+      add_masked(vector_at<Bytes>(row + part.pixel), factor, part.mask);
     }
   }
 
