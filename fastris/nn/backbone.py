@@ -147,9 +147,11 @@ def bilinear_kernel(factor: int) -> Tensor:
 
 
 def coordinates(like: Tensor) -> Tensor:
-    """The x and y coordinate of every cell, −1 … 1 over the map: (B, 2, H, W) for ``like`` (B, ·, H, W)."""
+    """The x and y coordinate of every cell, −1 … 1 over the map: (B, 2, H, W), channels_last, for ``like``
+    (B, ·, H, W)."""
     batch, _, height, width = like.shape  # not torch.linspace, whose number of points torch.export makes a constant
     wide = torch.promote_types(like.dtype, torch.float32)  # bf16 has no integers between 256 and 258
-    y = (torch.arange(height, device=like.device, dtype=wide) * 2 / (height - 1) - 1).view(1, 1, height, 1)
-    x = (torch.arange(width, device=like.device, dtype=wide) * 2 / (width - 1) - 1).view(1, 1, 1, width)
-    return torch.cat([x.expand(batch, 1, height, width), y.expand(batch, 1, height, width)], dim=1).to(like.dtype)
+    y = (torch.arange(height, device=like.device, dtype=wide) * 2 / (height - 1) - 1).view(1, height, 1)
+    x = (torch.arange(width, device=like.device, dtype=wide) * 2 / (width - 1) - 1).view(1, 1, width)
+    both = [one.expand(batch, height, width) for one in (x, y)]
+    return torch.stack(both, dim=3).to(like.dtype).permute(0, 3, 1, 2)
