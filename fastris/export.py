@@ -58,7 +58,7 @@ class Step(nn.Module):
         *context, hidden, cell, found = inputs
         states = list(zip(hidden.unbind(), cell.unbind(), strict=True))
         memory = _Memory(states, found if self.model.config.feedback else None)
-        step, memory = self.model._step(_Context(*context), memory)
+        step, memory = self.model._step(_Context(*context), memory, self.model._repeated_weights())
         assert memory.states is not None
         hidden, cell = (torch.stack(parts) for parts in zip(*memory.states, strict=True))
         mask = F.interpolate(step.mask_logits.unsqueeze(1), scale_factor=float(self.model.stride), mode="bilinear")

@@ -11,13 +11,19 @@
 #include "parallel.h"
 
 #include <algorithm>
-#include <cstring>
 
 namespace fastris {
 namespace {
 
 constexpr int64_t kTile = 4 * kRows;  // cells
 constexpr int64_t kParts = 4;  // sums of their own, whatever the number of threads
+
+template <int Bytes>
+FASTRIS_INLINE void copy(const float* from, int64_t n, float* to) {
+  for_channels<Bytes>(n, [&](auto bytes, int64_t c) FASTRIS_INLINE_LAMBDA {
+    unaligned_at<bytes.value>(to + c) = unaligned_at<bytes.value>(from + c);
+  });
+}
 
 struct Cells {
   int64_t count;  // of all images
@@ -38,9 +44,9 @@ struct Cells {
   template <int Bytes>
   FASTRIS_INLINE void look(int64_t first, int64_t some, float* seen, float* layer) const {
     for (int64_t cell = 0; cell < some; ++cell) {
-      std::memcpy(seen + cell * row(), hidden + (first + cell) * channels, channels * sizeof(float));
-      if (more > 0) std::memcpy(seen + cell * row() + channels, found + (first + cell) * more, more * sizeof(float));
-      std::memcpy(layer + cell * n(), base + (first + cell) * inner, inner * sizeof(float));
+      copy<Bytes>(hidden + (first + cell) * channels, channels, seen + cell * row());
+      copy<Bytes>(found + (first + cell) * more, more, seen + cell * row() + channels);
+      copy<Bytes>(base + (first + cell) * inner, inner, layer + cell * n());
       std::fill(layer + cell * n() + inner, layer + (cell + 1) * n(), 0.0f);  // not what a NaN left there
     }
     multiply<Bytes, true>(kTile, n(), width(), seen, row(), 1, weight, layer);
@@ -102,11 +108,11 @@ struct Backward : Cells {
             const Real zero = {};
             value = value <= zero ? zero : g * vector_at<Bytes>(last + j);
           }
-          std::memcpy(d_base + (first + cell) * inner, layer.get() + cell * n(), inner * sizeof(float));
+          copy<Bytes>(layer.get() + cell * n(), inner, d_base + (first + cell) * inner);
         }
         multiply<Bytes, false>(kTile, m, n(), layer.get(), n(), 1, turned, d_seen.get());
         for (int64_t cell = 0; cell < some; ++cell) {
-          std::memcpy(d_hidden + (first + cell) * channels, d_seen.get() + cell * m, channels * sizeof(float));
+          copy<Bytes>(d_seen.get() + cell * m, channels, d_hidden + (first + cell) * channels);
         }
         multiply<Bytes, true>(whole_rows(width()), n(), some, seen.get(), 1, row(), layer.get(), d_weight);
         for (int64_t j = 0; j < n(); j += lanes) vector_at<Bytes>(d_last_sum + j) += vector_at<Bytes>(d_last.get() + j);

@@ -22,7 +22,7 @@ from fastris.nn.convlstm import ConvLSTMCell, State
 from fastris.nn.dense import DenseMaps
 from fastris.nn.fcn8s import FCN8s
 from fastris.nn.heads import ConfidenceHead, DynamicMaskHead, SpatialInhibition
-from fastris.ops.conv2d_same import conv2d_same
+from fastris.ops.conv2d_same import RepeatedWeight, conv2d_same
 from fastris.ops.lstm_gates import lstm_gates
 from fastris.tiling import check_tiling, stitch, tile_boxes
 
@@ -161,10 +161,10 @@ class RecurrentInstanceSegmenter(nn.Module):
         """
         height, width = images.shape[-2:]
         context = self._encode(images)
-        memory = _Memory(None, None)
+        memory, weights = _Memory(None, None), self._repeated_weights()
         results = []
         for _ in range(steps):
-            result, memory = self._step(context, memory)
+            result, memory = self._step(context, memory, weights)
             results.append(result)
         masks, scores, places = (torch.stack(parts, dim=1) for parts in zip(*results, strict=True))
         offset, place_stride = self.backbone.offset, self.backbone.stride
@@ -219,24 +219,31 @@ class RecurrentInstanceSegmenter(nn.Module):
             return _Context(features, hoisted, detail)
         return _Context(features, hoisted, self.mask_head.prepare(detail), self.mask_head.place_base(features))
 
-    def _step(self, context: _Context, memory: _Memory) -> tuple[_Step, _Memory]:
+    def _repeated_weights(self) -> list[RepeatedWeight]:
+        """Of every layer what is convolved with at every step: all but the features' part of the first."""
+        first, *others = (layer.conv.weight for layer in self.cells)
+        return [RepeatedWeight(first[:, self.backbone.channels :]), *map(RepeatedWeight, others)]
+
+    def _step(self, context: _Context, memory: _Memory, weights: Sequence[RepeatedWeight]) -> tuple[_Step, _Memory]:
         features, hoisted, detail, place_base = context
         states: list[State] = []
-        for k, layer in enumerate(self.cells):
-            weight, bias = layer.conv.weight, layer.conv.bias
+        for k, (layer, weight) in enumerate(zip(self.cells, weights, strict=True)):
+            bias = layer.conv.bias
             previous = memory.states[k] if memory.states is not None else None
             if k == 0:
                 gates, addend, bias = hoisted, None, None
                 if previous is not None:  # a zero state needs no convolution
-                    gates = conv2d_same(previous[0], weight[:, features.shape[1] :], before=memory.found)
+                    gates = conv2d_same(previous[0], weight, before=memory.found)
                     addend = hoisted
+            elif previous is None:
+                below, addend = states[-1][0], None
+                gates = conv2d_same(below, weight.weight[:, : below.shape[1]])
             else:
-                moving = [states[-1][0]] if previous is None else [states[-1][0], previous[0]]
-                inputs = torch.cat(moving, dim=1)
-                gates, addend = conv2d_same(inputs, weight[:, : inputs.shape[1]]), None
+                gates, addend = conv2d_same(torch.cat([states[-1][0], previous[0]], dim=1), weight), None
             if previous is None:
-                shape = (gates.shape[0], self.config.hidden_channels, *gates.shape[-2:])
-                cell = torch.zeros(shape, device=gates.device, dtype=torch.promote_types(gates.dtype, torch.float32))
+                shape = (gates.shape[0], *gates.shape[-2:], self.config.hidden_channels)
+                dtype = torch.promote_types(gates.dtype, torch.float32)
+                cell = torch.zeros(shape, device=gates.device, dtype=dtype).permute(0, 3, 1, 2)
             else:
                 cell = previous[1]
             states.append(lstm_gates(gates, cell, addend, bias))
@@ -339,13 +346,13 @@ class RecurrentInstanceSegmenter(nn.Module):
         (full_height, full_width), (height, width) = images[0].shape[-2:], looked_at.shape[-2:]
         parameter = self.confidence_head.linear.weight
         context = self._encode(looked_at.to(parameter.device, parameter.dtype))
-        memory = _Memory(None, None)
+        memory, weights = _Memory(None, None), self._repeated_weights()
         masks: list[Tensor] = []
         scores: list[Tensor] = []
         places: list[Tensor] = []
         going = True
         while going and len(scores) < (max_steps or self.config.max_steps):
-            step, memory = self._step(context, memory)
+            step, memory = self._step(context, memory, weights)
             masks.append(self._masks(step.mask_logits, (height, width), (full_height, full_width), mask_threshold)[0])
             scores.append(step.score_logits[0].float().sigmoid().cpu())
             places.append(step.log_place[0].float().cpu())
@@ -430,11 +437,11 @@ class RecurrentInstanceSegmenter(nn.Module):
         size = size or (height, width)
         parameter = self.confidence_head.linear.weight
         context = self._encode(images.to(parameter.device, parameter.dtype))
-        memory = _Memory(None, None)
+        memory, weights = _Memory(None, None), self._repeated_weights()
         active = torch.arange(images.shape[0])
         found: list[list[tuple[Tensor, Tensor]]] = [[] for _ in range(images.shape[0])]
         for _ in range(limit):
-            step, memory = self._step(context, memory)
+            step, memory = self._step(context, memory, weights)
             scores = step.score_logits.float().sigmoid().cpu()
             going = scores >= threshold
             chosen = going.nonzero().squeeze(1)

@@ -60,6 +60,12 @@ def _called(name: str, gradients: Call, setup_context: Call = lambda ctx, inputs
     return call
 
 
+def plain_eager() -> bool:
+    """Whether nothing compiles, traces or transforms what is called."""
+    interpreter = torch._C._functorch.peek_interpreter_stack()
+    return interpreter is None and not torch.compiler.is_compiling() and not torch.jit.is_tracing()
+
+
 def _only_gradients(interpreter: Any) -> bool:
     """Whether no transformation of torch.func is under way, or one that can go through a function of autograd."""
     return interpreter is None or interpreter.key() == torch._C._functorch.TransformType.Grad

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from fastris import backend, reference
 from fastris.ops.arguments import native_in
-from fastris.ops.autograd import with_gradients
+from fastris.ops.autograd import plain_eager, with_gradients
 
 WINOGRAD_DTYPES = (torch.float32,) if torch.cpu._is_amx_tile_supported() else (torch.float32, torch.bfloat16)
 """Of the convolutions that are filtered; processors that multiply matrices of bf16 (AMX) convolve in it by torch."""
@@ -33,13 +33,17 @@ LEAST_SUMMED = 25
 
 # Schema. `whole`, where given, is what is convolved: other channels and then those of x, which alone get a gradient;
 # `skip` says how many come before them. The weight of `winograd_convolve_out` is what `winograd_weight` makes of a
-# (out, in, 3, 3) weight, `turned` for the gradient of the input, for tiles of side × side results.
+# (out, in, 3, 3) weight, `turned` for the gradient of the input, for tiles of side × side results; `transformed` and
+# `turned` are these two where they are there already.
 
 _library = torch.library.Library("fastris", "FRAGMENT")
-_library.define("conv2d_same(Tensor x, Tensor weight, Tensor? bias, int dilation, Tensor? whole=None) -> Tensor")
+_library.define(
+    "conv2d_same(Tensor x, Tensor weight, Tensor? bias, int dilation, Tensor? whole=None, Tensor? transformed=None,"
+    " Tensor? turned=None) -> Tensor"
+)
 _library.define(
     "conv2d_same_backward(Tensor grad, Tensor x, Tensor weight, int dilation, bool need_x, bool need_weight,"
-    " int skip=0) -> (Tensor d_x, Tensor d_weight)"
+    " int skip=0, Tensor? turned=None) -> (Tensor d_x, Tensor d_weight)"
 )
 _library.define("winograd_weight(Tensor weight, bool turned, int side) -> Tensor")
 _library.define("winograd_convolve_out(Tensor x, Tensor weight, Tensor? bias, Tensor(a!) y) -> ()")
@@ -83,21 +87,30 @@ class SameConvolution:
     def channels_last(self) -> Tensor:
         return channels_last(self.weight)
 
-    def forward(self, x: Tensor, bias: Tensor | None = None, room: Tensor | None = None) -> Tensor:
+    def turned(self, skip: int) -> Tensor:
+        """The weight for the gradient of the input, but for its first ``skip`` channels."""
+        part = SameConvolution(self.weight[:, skip:]) if skip else self
+        return part.transformed(True, self.side(self.weight.shape[0]))
+
+    def forward(
+        self, x: Tensor, bias: Tensor | None = None, room: Tensor | None = None, transformed: Tensor | None = None
+    ) -> Tensor:
         """(B, in, H, W) → (B, out, H, W), in the ``room`` given unless torch convolves, which takes its own."""
         x = channels_last(x)
         if not self.by_winograd(x):
             return channels_last(reference.conv2d_same(x, self.channels_last, bias, self.dilation))
         y = self.room(x, self.weight.shape[0]) if room is None else room
         bias = None if bias is None else bias.float().contiguous()
-        torch.ops.fastris.winograd_convolve_out(x, self.transformed(False, self.side(x.shape[1])), bias, y)
+        if transformed is None:
+            transformed = self.transformed(False, self.side(x.shape[1]))
+        torch.ops.fastris.winograd_convolve_out(x, transformed, bias, y)
         return y
 
     def backward(
-        self, grad: Tensor, x: Tensor, need_x: bool, need_weight: bool, skip: int = 0
+        self, grad: Tensor, x: Tensor, need_x: bool, need_weight: bool, skip: int = 0, turned: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """Gradients of x, but for its first ``skip`` channels, and of the weight, which may be in fp32 where the weight
-        is not; those not needed are empty."""
+        is not; those not needed are empty. ``turned`` is what :meth:`turned` returns."""
         grad, x = channels_last(grad), channels_last(x)
         empty = grad.new_empty(0)
         if not (need_x or need_weight):
@@ -108,8 +121,8 @@ class SameConvolution:
         d_x = d_weight = empty
         if need_x:
             d_x = self.room(x, x.shape[1] - skip)
-            part = SameConvolution(self.weight[:, skip:]) if skip else self
-            torch.ops.fastris.winograd_convolve_out(grad, part.transformed(True, self.side(grad.shape[1])), None, d_x)
+            turned = self.turned(skip) if turned is None else turned
+            torch.ops.fastris.winograd_convolve_out(grad, turned, None, d_x)
         if need_weight:
             pixels = x.shape[0] * x.shape[2] * x.shape[3]
             d_weight = torch.ops.fastris.winograd_weight_gradient(x, grad, self.side(pixels))
@@ -153,14 +166,29 @@ def channels_last(tensor: Tensor) -> Tensor:
 # Kernels
 
 
-def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, dilation: int, whole: Tensor | None = None) -> Tensor:
-    return SameConvolution(weight, dilation).forward(x if whole is None else whole, bias)
+def _forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    dilation: int,
+    whole: Tensor | None = None,
+    transformed: Tensor | None = None,
+    turned: Tensor | None = None,
+) -> Tensor:
+    return SameConvolution(weight, dilation).forward(x if whole is None else whole, bias, transformed=transformed)
 
 
 def _backward(
-    grad: Tensor, x: Tensor, weight: Tensor, dilation: int, need_x: bool, need_weight: bool, skip: int = 0
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    dilation: int,
+    need_x: bool,
+    need_weight: bool,
+    skip: int = 0,
+    turned: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    d_x, d_weight = SameConvolution(weight, dilation).backward(grad, x, need_x, need_weight, skip)
+    d_x, d_weight = SameConvolution(weight, dilation).backward(grad, x, need_x, need_weight, skip, turned)
     return d_x, d_weight.to(weight.dtype)
 
 
@@ -170,7 +198,7 @@ _library.impl("conv2d_same_backward", _backward, "CompositeExplicitAutograd")
 # Fake kernels
 
 
-def _fake(x: Tensor, weight: Tensor, bias: Tensor | None, dilation: int, whole: Tensor | None = None) -> Tensor:
+def _fake(x: Tensor, weight: Tensor, *_: Any) -> Tensor:
     return SameConvolution.room(x, weight.shape[0])
 
 
@@ -197,17 +225,17 @@ torch.library.register_fake("fastris::winograd_weight_gradient", _fake_weight_gr
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, weight, _, ctx.dilation, whole = inputs
+    x, weight, _, ctx.dilation, whole, _, turned = inputs
     ctx.skip = 0 if whole is None else whole.shape[1] - x.shape[1]
-    ctx.save_for_backward(x if whole is None else whole, weight)
+    ctx.save_for_backward(x if whole is None else whole, weight, turned)
 
 
 def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    x, weight = ctx.saved_tensors
+    x, weight, turned = ctx.saved_tensors
     need_x, need_weight, need_bias = ctx.needs_input_grad[:3]
-    d_x, d_weight = _operator_backward(grad, x, weight, ctx.dilation, need_x, need_weight, ctx.skip)
+    d_x, d_weight = _operator_backward(grad, x, weight, ctx.dilation, need_x, need_weight, ctx.skip, turned)
     d_bias = grad.sum((0, 2, 3)) if need_bias else None
-    return d_x if need_x else None, d_weight if need_weight else None, d_bias, None, None
+    return d_x if need_x else None, d_weight if need_weight else None, d_bias, None, None, None, None
 
 
 _operator, _operator_backward = with_gradients(_library, "conv2d_same", _gradients, _setup_context)
@@ -215,19 +243,52 @@ _operator, _operator_backward = with_gradients(_library, "conv2d_same", _gradien
 # The door
 
 
+class RepeatedWeight:
+    """A weight (out, in, kh, kw) of several calls, such as the steps of a recurrence, which transform it once.
+
+    Make it anew after every change of the weight.
+    """
+
+    def __init__(self, weight: Tensor) -> None:
+        self.weight = weight
+        self._convolution = SameConvolution(weight.detach())
+        self._turned: dict[int, Tensor] = {}
+
+    def transformed(self, x: Tensor, skip: int, differentiated: bool) -> tuple[Tensor | None, Tensor | None]:
+        """``transformed`` and ``turned`` of the schema for an x, where they are of use."""
+        if not plain_eager() or not self._convolution.by_winograd(x):  # where sizes are symbols, asking binds them
+            return None, None
+        with torch.no_grad():
+            if differentiated and skip not in self._turned:
+                self._turned[skip] = self._convolution.turned(skip)
+            transformed = self._convolution.transformed(False, self._convolution.side(x.shape[1]))
+        return transformed, self._turned[skip] if differentiated else None
+
+
 def conv2d_same(
-    x: Tensor, weight: Tensor, bias: Tensor | None = None, dilation: int = 1, before: Tensor | None = None
+    x: Tensor,
+    weight: Tensor | RepeatedWeight,
+    bias: Tensor | None = None,
+    dilation: int = 1,
+    before: Tensor | None = None,
 ) -> Tensor:
     """Convolve as :func:`fastris.reference.conv2d_same`, the quickest way there is for the device and dtype.
 
     Args:
         x: (B, in, H, W).
-        weight: (out, in, kh, kw), or (out, K + in, kh, kw) with ``before``.
+        weight: (out, in, kh, kw), or (out, K + in, kh, kw) with ``before``; a :class:`RepeatedWeight` where several
+            calls have it in common.
         bias: optional (out,).
         dilation: pixels between the taps of the kernel.
         before: optional (B, K, H, W), channels ahead of those of x, which get no gradient.
     """
+    repeated, weight = (weight, weight.weight) if isinstance(weight, RepeatedWeight) else (None, weight)
     if not native_in(WINOGRAD_DTYPES, "conv2d_same", x, weight, bias, before):
         return reference.conv2d_same(x, weight, bias, dilation, before)
     whole = None if before is None else channels_last(torch.cat([before.detach(), x.detach()], dim=1))
-    return _operator(x, weight, bias, dilation, whole)
+    transformed = turned = None
+    if repeated is not None and dilation == 1:
+        seen = x if whole is None else whole
+        differentiated = torch.is_grad_enabled() and x.requires_grad
+        transformed, turned = repeated.transformed(seen, seen.shape[1] - x.shape[1], differentiated)
+    return _operator(x, weight, bias, dilation, whole, transformed, turned)

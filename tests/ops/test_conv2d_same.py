@@ -13,7 +13,7 @@ from torch import Tensor
 
 import fastris
 from fastris import backend, reference
-from fastris.ops.conv2d_same import WINOGRAD_DTYPES, SameConvolution, conv2d_same
+from fastris.ops.conv2d_same import WINOGRAD_DTYPES, RepeatedWeight, SameConvolution, conv2d_same
 
 pytestmark = pytest.mark.skipif(backend.native_error() is not None, reason="fastris._C is not built")
 
@@ -126,6 +126,33 @@ def test_channels_before_those_of_x_take_part_without_a_gradient(
             torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
     y = conv2d_same(x, weight, before=before)
     assert gradients(y)[1].is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("more", [0, 2])
+def test_a_repeated_weight_is_transformed_once_and_changes_no_bit(more: int) -> None:
+    x, before = torch.randn(4, 32, 17, 16, requires_grad=True), torch.randn(4, more, 17, 16) if more else None
+    whole = torch.randn(48, 9 + more + 32, 3, 3, requires_grad=True)
+
+    def gradients(weight: Tensor | RepeatedWeight) -> tuple[Tensor, ...]:
+        y = x
+        for _ in range(3):
+            y = conv2d_same(y, weight, before=before)[:, :32].tanh()
+        return (y, *torch.autograd.grad(y.sum(), (x, whole)))
+
+    expected = gradients(whole[:, 9:])
+    with torch.profiler.profile() as profile:
+        found = gradients(RepeatedWeight(whole[:, 9:]))
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(found, expected, strict=True))
+    assert [one.name for one in profile.events()].count("fastris::winograd_weight") == 2  # for results, and gradients
+    repeated = RepeatedWeight(whole[:, 9:])
+    with torch.no_grad():
+        assert torch.equal(conv2d_same(x, repeated, before=before), conv2d_same(x, whole[:, 9:], before=before))
+    with fastris.use_backend("reference"):
+        y = conv2d_same(x, repeated, before=before)
+        assert torch.equal(y, conv2d_same(x, whole[:, 9:], before=before))
+    functional = torch.func.grad(lambda x: conv2d_same(x, RepeatedWeight(whole[:, 9:]), before=before).sum())
+    (truth,) = torch.autograd.grad(conv2d_same(x, whole[:, 9:], before=before).sum(), x)
+    assert torch.equal(functional(x.detach()), truth)
 
 
 def test_which_convolutions_go_by_winograd() -> None:
