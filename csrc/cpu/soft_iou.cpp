@@ -168,20 +168,28 @@ struct SumKernel {
             add_row<T, Bytes>(y.get() + g * kTileRow<T>, vectors, of_target[g]);
           }
           NextTile<lanes> ahead{pred, *masks, b, first, rows, targets, x + n};
-          for_rows<block_rows>(rows, [&](auto count, int64_t r) FASTRIS_INLINE_LAMBDA {
-            const Rows<T> block = rows_at<Bytes>(pred, b, first + r, count, x, n, q.get());
-            for (int i = 0; i < count; ++i) add_row<T, Bytes>(block.first + i * block.stride, vectors, of_pred[r + i]);
-            for (int64_t g = 0; g < targets; g += kColumns) {
-              multiply_block<T, Bytes, count>(
-                  block, y.get() + g * kTileRow<T>, vectors, pair + g * rows + r, rows, ahead.next());
+          for (int64_t r = 0; r < rows; r += block_rows) {
+            const int64_t some = std::min<int64_t>(block_rows, rows - r);
+            const Rows<T> block = rows_at<Bytes>(pred, b, first + r, some, x, n, q.get());
+            for (int64_t i = 0; i < some; ++i) {
+              add_row<T, Bytes>(block.first + i * block.stride, vectors, of_pred[r + i]);
             }
-          });
+            with_count<block_rows>(some, [&](auto count) FASTRIS_INLINE_LAMBDA {
+              for (int64_t g = 0; g < targets; g += kColumns) {
+                multiply_block<T, Bytes, count>(
+                    block, y.get() + g * kTileRow<T>, vectors, pair + g * rows + r, rows, ahead.next());
+              }
+            });
+          }
         } else {
           segments[0].find(*labels, b, x, n, targets);
-          for_rows<block_rows>(rows, [&](auto count, int64_t r) FASTRIS_INLINE_LAMBDA {
-            const Rows<T> block = rows_at<Bytes>(pred, b, first + r, count, x, n, q.get());
-            add_segments<Bytes, count>(segments[0], block, pair + r, rows, of_pred + r);
-          });
+          for (int64_t r = 0; r < rows; r += block_rows) {
+            const int64_t some = std::min<int64_t>(block_rows, rows - r);
+            const Rows<T> block = rows_at<Bytes>(pred, b, first + r, some, x, n, q.get());
+            with_count<block_rows>(some, [&](auto count) FASTRIS_INLINE_LAMBDA {
+              add_segments<Bytes, count>(segments[0], block, pair + r, rows, of_pred + r);
+            });
+          }
           count_segments<Bytes>(segments[0], of_target);
         }
         pixels += n;
@@ -205,11 +213,13 @@ struct SumKernel {
     }
   }
 
-  // step(count, r) for every `Most` rows and those that are left, the count as a type.
+  // step(count), the count from 1 to Most as a type.
   template <int Most, typename Step>
-  FASTRIS_INLINE static void for_rows(int64_t rows, const Step& step, int64_t r = 0) {
-    for (; r + Most <= rows; r += Most) step(std::integral_constant<int, Most>(), r);
-    if constexpr (Most > 1) for_rows<Most - 1>(rows, step, r);
+  FASTRIS_INLINE static void with_count(int64_t count, const Step& step) {
+    if constexpr (Most > 1) {
+      if (count < Most) return with_count<Most - 1>(count, step);
+    }
+    step(std::integral_constant<int, Most>());
   }
 
   // Adds the pixels of each label in Count rows to its sums, and all pixels to `all`; the sums of two labels are `stride`
