@@ -22,18 +22,18 @@ FASTRIS_INLINE void multiply_block(
   Real sum[kRows][Vectors] = {};
   for (int64_t k = 0; k < depth; ++k) {
     Real right[Vectors];
-#pragma GCC unroll 4
+#pragma GCC unroll 2
     for (int v = 0; v < Vectors; ++v) right[v] = vector_at<Bytes>(b + k * n + v * lanes);
 #pragma GCC unroll 6
     for (int r = 0; r < kRows; ++r) {
       const float left = a[r * a_row + k * a_step];
-#pragma GCC unroll 4
+#pragma GCC unroll 2
       for (int v = 0; v < Vectors; ++v) sum[r][v] += left * right[v];
     }
   }
 #pragma GCC unroll 6
   for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 4
+#pragma GCC unroll 2
     for (int v = 0; v < Vectors; ++v) {
       Real& to = vector_at<Bytes>(c + r * n + v * lanes);
       if constexpr (Add) {
@@ -45,40 +45,36 @@ FASTRIS_INLINE void multiply_block(
   }
 }
 
-template <int Bytes, int Most, bool Add>
-FASTRIS_INLINE void multiply_block_of(
-    int64_t vectors, int64_t depth, const float* a, int64_t a_row, int64_t a_step, const float* b, int64_t n, float* c) {
-  switch (vectors) {
-    case 4: return multiply_block<Bytes, Most == 4 ? 4 : 1, Add>(depth, a, a_row, a_step, b, n, c);
-    case 3: return multiply_block<Bytes, Most == 4 ? 3 : 1, Add>(depth, a, a_row, a_step, b, n, c);
-    case 2: return multiply_block<Bytes, 2, Add>(depth, a, a_row, a_step, b, n, c);
-    default: return multiply_block<Bytes, 1, Add>(depth, a, a_row, a_step, b, n, c);
+// The next columns, two vectors of them, or the last one, which whole rows of padded() columns have in AVX-512 alone.
+template <int Bytes, bool Add>
+FASTRIS_INLINE void multiply_columns(
+    int64_t columns, int64_t depth, const float* a, int64_t a_row, int64_t a_step, const float* b, int64_t n, float* c) {
+  if constexpr (Bytes == 64) {
+    if (columns == 16) return multiply_block<Bytes, 1, Add>(depth, a, a_row, a_step, b, n, c);
   }
+  multiply_block<Bytes, 2, Add>(depth, a, a_row, a_step, b, n, c);
 }
 
-// c[rows × n] (+)= a · b with n whole vectors, rows whole blocks; b is [depth × n]. Long sums are made of several of
-// like length, which lose fewer digits.
+// c[rows × n] (+)= a · b with n padded(), rows whole blocks; b is [depth × n]. Long sums are made of several of like
+// length, which lose fewer digits.
 template <int Bytes, bool Add>
 FASTRIS_INLINE void multiply(
     int64_t rows, int64_t n, int64_t depth, const float* a, int64_t a_row, int64_t a_step, const float* b, float* c) {
-  constexpr int lanes = VectorOf<float, Bytes>::lanes;
-  constexpr int most = Bytes == 64 ? 4 : 2;  // as many vectors as there are registers for
+  constexpr int64_t pair = 2 * VectorOf<float, Bytes>::lanes;
   const int64_t sums = std::max<int64_t>(1, (depth + kLongestSum - 1) / kLongestSum), longest = (depth + sums - 1) / sums;
   for (int64_t k = 0; k < depth; k += longest) {
     const int64_t some = std::min(longest, depth - k);
     const float* right = b + k * n;
-    for (int64_t j = 0; j < n;) {
-      const int64_t vectors = std::min<int64_t>(most, (n - j) / lanes);
+    for (int64_t j = 0; j < n; j += pair) {
       for (int64_t i = 0; i < rows; i += kRows) {
         const float* left = a + i * a_row + k * a_step;
         float* to = c + i * n + j;
         if (Add || k > 0) {
-          multiply_block_of<Bytes, most, true>(vectors, some, left, a_row, a_step, right + j, n, to);
+          multiply_columns<Bytes, true>(n - j, some, left, a_row, a_step, right + j, n, to);
         } else {
-          multiply_block_of<Bytes, most, false>(vectors, some, left, a_row, a_step, right + j, n, to);
+          multiply_columns<Bytes, false>(n - j, some, left, a_row, a_step, right + j, n, to);
         }
       }
-      j += vectors * lanes;
     }
   }
 }
