@@ -43,7 +43,9 @@ def _draw(result: dict[str, Any], cases: list[dict[str, Any]], dtype: str | None
     most = max(sum(case["labels"]["shape"] == shape for case in cases) for shape in shapes)
     columns = min(3, len(shapes))
     rows = -(-len(shapes) // columns)
-    figure = Figure(figsize=(5.2 * columns, rows * (1.1 + 0.26 * max(most, 3)) + 1.2), layout="constrained")
+    beside = min(5, 2 * columns, len(names))  # entries of the legend in a row
+    height = rows * (1.1 + 0.26 * max(most, 3)) + 1 + 0.25 * -(-len(names) // beside)
+    figure = Figure(figsize=(5.2 * columns, height), layout="constrained")
     panels = figure.subplots(rows, columns, squeeze=False).flat
     for shape, panel in zip(shapes, panels, strict=False):  # in this order no panel is lost
         of_shape = [case for case in cases if case["labels"]["shape"] == shape]
@@ -68,7 +70,7 @@ def _draw(result: dict[str, Any], cases: list[dict[str, Any]], dtype: str | None
     figure.legend(
         handles=[Line2D([], [], label=name, **_mark(names, name)) for name in names],
         loc="outside lower center",
-        ncols=min(5, len(names)),
+        ncols=beside,
     )
     threads = f"{result['threads']} thread{'' if result['threads'] == '1' else 's'}"
     heading = [result["suite"], dtype, threads, f"{result['processor']}, {result['cores']} cores"]
