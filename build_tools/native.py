@@ -46,6 +46,7 @@ SCHEDULED = "lstm_gates"
 TESTED = "assignment_emulated"
 """What only tests run, and need not be fast."""
 WARNINGS_ARE_ERRORS = os.environ.get("FASTRIS_WERROR") == "1"
+SANITIZED = os.environ.get("FASTRIS_SANITIZE") == "1"
 BUILDING = {"bdist_wheel", "build", "build_ext", "editable_wheel", "install"}
 
 
@@ -140,7 +141,7 @@ def _own_flags(source: Path) -> list[str]:
     flags = [f"-ffp-contract={'off' if source.stem.startswith(UNCONTRACTED) else 'fast'}"]
     if source.stem.startswith(SCHEDULED):
         flags += ["-fschedule-insns", "-Wno-ignored-optimization-argument"]  # Clang has no such option, and says so
-    if source.stem == TESTED:
+    if source.stem == TESTED and not SANITIZED:
         flags += ["-O2"]
     if platform.machine().lower() in ("x86_64", "amd64"):
         flags += next((more for suffix, more in INSTRUCTION_SETS.items() if source.stem.endswith(suffix)), [])
@@ -231,7 +232,7 @@ class BuildNative(build_ext):
         flags += ["-Wall", "-Wextra", "-DNDEBUG", *(["-Werror"] if WARNINGS_ARE_ERRORS else [])]
         flags += ["-Wno-psabi"]  # vectors wider than the machine's, none of which cross a call
         link: list[str] = []
-        if os.environ.get("FASTRIS_SANITIZE") == "1":
+        if SANITIZED:
             sanitize = ["-fsanitize=address,undefined", "-fno-omit-frame-pointer"]
             flags += [*sanitize, "-fno-sanitize-recover=all", "-O1", "-g1"]
             link += sanitize
@@ -266,7 +267,7 @@ class BuildNative(build_ext):
         wanted = os.environ.get("FASTRIS_CUDA", "auto")
         archs = os.environ.get("FASTRIS_CUDA_ARCHS", DEFAULT_ARCHS)
         nvcc = _nvcc()
-        if wanted == "0" or os.environ.get("FASTRIS_SANITIZE") == "1":
+        if wanted == "0" or SANITIZED:
             return [], None, ""
         if nvcc is None:
             if wanted == "1":

@@ -45,7 +45,7 @@ FASTRIS_INLINE void multiply_block(
   }
 }
 
-// The next columns, two vectors of them, or the last one, which whole rows of padded() columns have in AVX-512 alone.
+// Two vectors of columns. Their number is padded(), so that only AVX-512 can have a single one left.
 template <int Bytes, bool Add>
 FASTRIS_INLINE void multiply_columns(
     int64_t columns, int64_t depth, const float* a, int64_t a_row, int64_t a_step, const float* b, int64_t n, float* c) {

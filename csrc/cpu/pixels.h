@@ -19,7 +19,7 @@ constexpr int64_t kTile = 1024;
 constexpr int64_t kGroup = 64;
 inline int64_t end_of_group(int64_t n) { return (n + kGroup - 1) / kGroup * kGroup; }
 
-// A row of a tile ends with one line of padding, because rows 1 KiB apart would share a few sets of the cache.
+// A row of a tile ends with one line of padding, because rows a power of two apart would share a few sets of the cache.
 template <typename T>
 constexpr int64_t kTileRow = kTile + kCacheLine / static_cast<int64_t>(sizeof(T));
 
@@ -40,7 +40,7 @@ struct Masks {
   Tensor tensor;  // (B, R, N)
   ScalarType type;
   const void* data;
-  int64_t batch_stride, row_stride, pixel_stride, pixel_bytes;
+  int64_t batch_stride, row_stride, pixel_stride, element_bytes;
 
   explicit Masks(const Tensor& masks)
       : tensor(torch::stable::flatten(masks, 2, 3)),
@@ -49,11 +49,11 @@ struct Masks {
         batch_stride(tensor.stride(0)),
         row_stride(tensor.stride(1)),
         pixel_stride(tensor.stride(2)),
-        pixel_bytes(pixel_stride * static_cast<int64_t>(tensor.element_size())) {}
+        element_bytes(static_cast<int64_t>(tensor.element_size())) {}
 
   int64_t at(int64_t b, int64_t row, int64_t x) const { return b * batch_stride + row * row_stride + x * pixel_stride; }
   const char* address(int64_t b, int64_t row, int64_t x) const {
-    return static_cast<const char*>(data) + at(b, row, x) * static_cast<int64_t>(tensor.element_size());
+    return static_cast<const char*>(data) + at(b, row, x) * element_bytes;
   }
 };
 
@@ -161,8 +161,8 @@ load_labels(const LabelMap& map, int64_t b, int64_t x, int64_t n, int64_t num_la
   std::fill(to + n, to + end_of_group(n), To(0));
 }
 
-// A tile of a label map. Label maps are constant over long stretches: vectors of pixels with one label make runs. In a
-// vector of several labels each but the background has a part, which is a mask; among the runs it counts as background.
+// A tile of a label map, which is constant over long stretches. Runs, which cover the tile, are of vectors of pixels with
+// one label, or (as background, 0) with several; of those, each label but the background is a part, with a mask.
 template <typename T, int Bytes>
 struct Segments {
   using Label = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;

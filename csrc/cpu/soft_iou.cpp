@@ -60,8 +60,8 @@ struct Ahead {
   int64_t step;
 };
 
-// The rows of the next tile by turns. A product is bound by arithmetic and leaves the memory idle; dozens of rows are
-// more than the processor's own prefetcher follows.
+// The rows of the next tile, by turns. A product is bound by arithmetic and leaves the memory idle, so that each of them
+// fetches one; the rows that they do not come to are left to the processor's own prefetcher.
 template <int lanes>
 struct NextTile {
   const Masks& pred;
@@ -71,8 +71,8 @@ struct NextTile {
 
   FASTRIS_INLINE Ahead next() {
     const int64_t i = row++;
-    if (i < rows) return {pred.address(b, first + i, x), lanes * pred.pixel_bytes};
-    if (i < rows + targets) return {masks.address(b, i - rows, x), lanes * masks.pixel_bytes};
+    if (i < rows) return {pred.address(b, first + i, x), lanes * pred.pixel_stride * pred.element_bytes};
+    if (i < rows + targets) return {masks.address(b, i - rows, x), lanes * masks.pixel_stride * masks.element_bytes};
     return {pred.address(b, first, x), 0};
   }
 };
@@ -136,7 +136,8 @@ struct SumKernel {
     const int64_t panel = std::min(kPanel, layout.P);
     const Lanes<T> q = new_lanes<T>(block_rows * kTileRow<T>);
     const Lanes<T> y = new_lanes<T>(WithMasks ? padded_targets * kTileRow<T> : 0);
-    const Lanes<Segments<T, Bytes>> segments = new_lanes<Segments<T, Bytes>>(WithMasks ? 0 : 1);
+    Lanes<Segments<T, Bytes>> segments;
+    if (!WithMasks) segments = new_lanes<Segments<T, Bytes>>(1);
     // Σqy of a target with the rows of the panel, for every target; then Σq of the rows; then Σy
     const int64_t sums = padded_targets * panel + panel + padded_targets;
     const Lanes<T> lane_sums = new_lanes<T>(sums * lanes);

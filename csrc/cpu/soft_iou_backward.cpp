@@ -29,7 +29,8 @@ struct WeightedSumKernel {
   FASTRIS_INLINE void run() const {
     const Lanes<T> y = new_lanes<T>(masks ? G * kTileRow<T> : 0);
     const Lanes<T> row = new_lanes<T>(kTileRow<T>);
-    const Lanes<Segments<T, Bytes>> segments = new_lanes<Segments<T, Bytes>>(labels ? 1 : 0);
+    Lanes<Segments<T, Bytes>> segments;
+    if (labels) segments = new_lanes<Segments<T, Bytes>>(1);
     std::vector<int64_t> columns(static_cast<size_t>(P * G));  // of the weights that are not zero, row by row
     std::vector<int64_t> column_end(static_cast<size_t>(P));
     std::vector<char> used(static_cast<size_t>(G));

@@ -48,24 +48,26 @@ def _called(name: str, gradients: Call, setup_context: Call = lambda ctx, inputs
     function: Any = type(name, (torch.autograd.Function,), {"forward": staticmethod(forward), **backward})
 
     def call(*arguments: Any) -> Any:
-        interpreter = torch._C._functorch.peek_interpreter_stack()
-        if torch.compiler.is_compiling() or torch.jit.is_tracing() or not _only_gradients(interpreter):
+        if not eager():
             return operator(*arguments)
-        if not (
-            torch.is_grad_enabled() and any(isinstance(one, torch.Tensor) and one.requires_grad for one in arguments)
-        ):
+        interpreter = torch._C._functorch.peek_interpreter_stack()
+        if not (interpreter is None or interpreter.key() == torch._C._functorch.TransformType.Grad):
+            return operator(*arguments)  # no other transformation of torch.func can go through a function of autograd
+        differentiated = torch.is_grad_enabled() and any(
+            isinstance(one, torch.Tensor) and one.requires_grad for one in arguments
+        )
+        if not differentiated:
             return below_autograd(*arguments)
         return (function if interpreter is None else for_functional).apply(*arguments)
 
     return call
 
 
-def plain_eager() -> bool:
-    """Whether nothing compiles, traces or transforms what is called."""
-    interpreter = torch._C._functorch.peek_interpreter_stack()
-    return interpreter is None and not torch.compiler.is_compiling() and not torch.jit.is_tracing()
+def eager() -> bool:
+    """Whether torch.compile, torch.export and torch.jit.trace have no part in what is called."""
+    return not torch.compiler.is_compiling() and not torch.jit.is_tracing()
 
 
-def _only_gradients(interpreter: Any) -> bool:
-    """Whether no transformation of torch.func is under way, or one that can go through a function of autograd."""
-    return interpreter is None or interpreter.key() == torch._C._functorch.TransformType.Grad
+def untransformed() -> bool:
+    """Whether in addition nothing of torch.func is under way."""
+    return eager() and torch._C._functorch.peek_interpreter_stack() is None

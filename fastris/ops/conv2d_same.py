@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from fastris import backend, reference
 from fastris.ops.arguments import native_in
-from fastris.ops.autograd import plain_eager, with_gradients
+from fastris.ops.autograd import untransformed, with_gradients
 
 WINOGRAD_DTYPES = (torch.float32,) if torch.cpu._is_amx_tile_supported() else (torch.float32, torch.bfloat16)
 """Of the convolutions that are filtered; processors that multiply matrices of bf16 (AMX) convolve in it by torch."""
@@ -33,17 +33,17 @@ LEAST_SUMMED = 25
 
 # Schema. `whole`, where given, is what is convolved: other channels and then those of x, which alone get a gradient;
 # `skip` says how many come before them. The weight of `winograd_convolve_out` is what `winograd_weight` makes of a
-# (out, in, 3, 3) weight, `turned` for the gradient of the input, for tiles of side × side results; `transformed` and
-# `turned` are these two where they are there already.
+# (out, in, 3, 3) weight, `turned` for the gradient of the input, for tiles of side × side results; `for_results` and
+# `for_gradients` are these two where they are there already.
 
 _library = torch.library.Library("fastris", "FRAGMENT")
 _library.define(
-    "conv2d_same(Tensor x, Tensor weight, Tensor? bias, int dilation, Tensor? whole=None, Tensor? transformed=None,"
-    " Tensor? turned=None) -> Tensor"
+    "conv2d_same(Tensor x, Tensor weight, Tensor? bias, int dilation, Tensor? whole=None, Tensor? for_results=None,"
+    " Tensor? for_gradients=None) -> Tensor"
 )
 _library.define(
     "conv2d_same_backward(Tensor grad, Tensor x, Tensor weight, int dilation, bool need_x, bool need_weight,"
-    " int skip=0, Tensor? turned=None) -> (Tensor d_x, Tensor d_weight)"
+    " int skip=0, Tensor? for_gradients=None) -> (Tensor d_x, Tensor d_weight)"
 )
 _library.define("winograd_weight(Tensor weight, bool turned, int side) -> Tensor")
 _library.define("winograd_convolve_out(Tensor x, Tensor weight, Tensor? bias, Tensor(a!) y) -> ()")
@@ -67,7 +67,7 @@ class SameConvolution:
             and dilation == 1
             and min(weight.shape[:2]) >= LEAST_CHANNELS
         )
-        self._transformed: dict[tuple[bool, int], Tensor] = {}
+        self._transformed: dict[tuple[bool, int, int], Tensor] = {}
 
     def by_winograd(self, x: Tensor) -> bool:
         height, width = x.shape[-2:]
@@ -78,19 +78,23 @@ class SameConvolution:
         """Of the largest tiles that keep the digits where so many products are summed."""
         return min(self.largest, 4 if summed >= LEAST_SUMMED else 2)
 
-    def transformed(self, turned: bool, side: int) -> Tensor:
-        if (turned, side) not in self._transformed:
-            self._transformed[turned, side] = torch.ops.fastris.winograd_weight(self.weight.float(), turned, side)
-        return self._transformed[turned, side]
+    def transformed(self, turned: bool, side: int, skip: int = 0) -> Tensor:
+        """All of the weight but its first ``skip`` input channels, as ``winograd_convolve_out`` takes it."""
+        key = turned, side, skip
+        if key not in self._transformed:
+            weight = self.weight[:, skip:].float() if skip else self.weight.float()
+            self._transformed[key] = torch.ops.fastris.winograd_weight(weight, turned, side)
+        return self._transformed[key]
+
+    def for_results(self) -> Tensor:
+        return self.transformed(False, self.side(self.weight.shape[1]))
+
+    def for_gradients(self, skip: int) -> Tensor:
+        return self.transformed(True, self.side(self.weight.shape[0]), skip)
 
     @cached_property
     def channels_last(self) -> Tensor:
         return channels_last(self.weight)
-
-    def turned(self, skip: int) -> Tensor:
-        """The weight for the gradient of the input, but for its first ``skip`` channels."""
-        part = SameConvolution(self.weight[:, skip:]) if skip else self
-        return part.transformed(True, self.side(self.weight.shape[0]))
 
     def forward(
         self, x: Tensor, bias: Tensor | None = None, room: Tensor | None = None, transformed: Tensor | None = None
@@ -101,16 +105,15 @@ class SameConvolution:
             return channels_last(reference.conv2d_same(x, self.channels_last, bias, self.dilation))
         y = self.room(x, self.weight.shape[0]) if room is None else room
         bias = None if bias is None else bias.float().contiguous()
-        if transformed is None:
-            transformed = self.transformed(False, self.side(x.shape[1]))
+        transformed = self.for_results() if transformed is None else transformed
         torch.ops.fastris.winograd_convolve_out(x, transformed, bias, y)
         return y
 
     def backward(
-        self, grad: Tensor, x: Tensor, need_x: bool, need_weight: bool, skip: int = 0, turned: Tensor | None = None
+        self, grad: Tensor, x: Tensor, need_x: bool, need_weight: bool, skip: int = 0, transformed: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """Gradients of x, but for its first ``skip`` channels, and of the weight, which may be in fp32 where the weight
-        is not; those not needed are empty. ``turned`` is what :meth:`turned` returns."""
+        is not; those not needed are empty."""
         grad, x = channels_last(grad), channels_last(x)
         empty = grad.new_empty(0)
         if not (need_x or need_weight):
@@ -121,8 +124,8 @@ class SameConvolution:
         d_x = d_weight = empty
         if need_x:
             d_x = self.room(x, x.shape[1] - skip)
-            turned = self.turned(skip) if turned is None else turned
-            torch.ops.fastris.winograd_convolve_out(grad, turned, None, d_x)
+            transformed = self.for_gradients(skip) if transformed is None else transformed
+            torch.ops.fastris.winograd_convolve_out(grad, transformed, None, d_x)
         if need_weight:
             pixels = x.shape[0] * x.shape[2] * x.shape[3]
             d_weight = torch.ops.fastris.winograd_weight_gradient(x, grad, self.side(pixels))
@@ -172,10 +175,10 @@ def _forward(
     bias: Tensor | None,
     dilation: int,
     whole: Tensor | None = None,
-    transformed: Tensor | None = None,
-    turned: Tensor | None = None,
+    for_results: Tensor | None = None,
+    for_gradients: Tensor | None = None,
 ) -> Tensor:
-    return SameConvolution(weight, dilation).forward(x if whole is None else whole, bias, transformed=transformed)
+    return SameConvolution(weight, dilation).forward(x if whole is None else whole, bias, transformed=for_results)
 
 
 def _backward(
@@ -186,9 +189,9 @@ def _backward(
     need_x: bool,
     need_weight: bool,
     skip: int = 0,
-    turned: Tensor | None = None,
+    for_gradients: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    d_x, d_weight = SameConvolution(weight, dilation).backward(grad, x, need_x, need_weight, skip, turned)
+    d_x, d_weight = SameConvolution(weight, dilation).backward(grad, x, need_x, need_weight, skip, for_gradients)
     return d_x, d_weight.to(weight.dtype)
 
 
@@ -225,15 +228,15 @@ torch.library.register_fake("fastris::winograd_weight_gradient", _fake_weight_gr
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, weight, _, ctx.dilation, whole, _, turned = inputs
+    x, weight, _, ctx.dilation, whole, _, for_gradients = inputs
     ctx.skip = 0 if whole is None else whole.shape[1] - x.shape[1]
-    ctx.save_for_backward(x if whole is None else whole, weight, turned)
+    ctx.save_for_backward(x if whole is None else whole, weight, for_gradients)
 
 
 def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    x, weight, turned = ctx.saved_tensors
+    x, weight, for_gradients = ctx.saved_tensors
     need_x, need_weight, need_bias = ctx.needs_input_grad[:3]
-    d_x, d_weight = _operator_backward(grad, x, weight, ctx.dilation, need_x, need_weight, ctx.skip, turned)
+    d_x, d_weight = _operator_backward(grad, x, weight, ctx.dilation, need_x, need_weight, ctx.skip, for_gradients)
     d_bias = grad.sum((0, 2, 3)) if need_bias else None
     return d_x if need_x else None, d_weight if need_weight else None, d_bias, None, None, None, None
 
@@ -251,18 +254,17 @@ class RepeatedWeight:
 
     def __init__(self, weight: Tensor) -> None:
         self.weight = weight
-        self._convolution = SameConvolution(weight.detach())
-        self._turned: dict[int, Tensor] = {}
+
+    @cached_property
+    def _convolution(self) -> SameConvolution:
+        return SameConvolution(self.weight.detach())
 
     def transformed(self, x: Tensor, skip: int, differentiated: bool) -> tuple[Tensor | None, Tensor | None]:
-        """``transformed`` and ``turned`` of the schema for an x, where they are of use."""
-        if not plain_eager() or not self._convolution.by_winograd(x):  # where sizes are symbols, asking binds them
+        """``for_results`` and ``for_gradients`` of the schema, where they are of use for this x."""
+        if not untransformed() or not self._convolution.by_winograd(x):  # where sizes are symbols, asking binds them
             return None, None
         with torch.no_grad():
-            if differentiated and skip not in self._turned:
-                self._turned[skip] = self._convolution.turned(skip)
-            transformed = self._convolution.transformed(False, self._convolution.side(x.shape[1]))
-        return transformed, self._turned[skip] if differentiated else None
+            return self._convolution.for_results(), self._convolution.for_gradients(skip) if differentiated else None
 
 
 def conv2d_same(
@@ -286,9 +288,9 @@ def conv2d_same(
     if not native_in(WINOGRAD_DTYPES, "conv2d_same", x, weight, bias, before):
         return reference.conv2d_same(x, weight, bias, dilation, before)
     whole = None if before is None else channels_last(torch.cat([before.detach(), x.detach()], dim=1))
-    transformed = turned = None
+    for_results = for_gradients = None
     if repeated is not None and dilation == 1:
         seen = x if whole is None else whole
         differentiated = torch.is_grad_enabled() and x.requires_grad
-        transformed, turned = repeated.transformed(seen, seen.shape[1] - x.shape[1], differentiated)
-    return _operator(x, weight, bias, dilation, whole, transformed, turned)
+        for_results, for_gradients = repeated.transformed(seen, seen.shape[1] - x.shape[1], differentiated)
+    return _operator(x, weight, bias, dilation, whole, for_results, for_gradients)

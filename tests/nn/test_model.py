@@ -10,9 +10,11 @@ import numpy as np
 import pytest
 import torch
 
+import fastris
 from fastris import InputError, RecurrentInstanceSegmenter, RISLoss
 from fastris.nn import ConfidenceHead, DynamicMaskHead, ModelConfig, SpatialInhibition
 from fastris.nn.config import PLAIN
+from fastris.ops.conv2d_same import SameConvolution
 
 TINY = {"feature_channels": 8, "backbone_channels": (8, 8, 8, 8), "hidden_channels": 8}
 
@@ -36,6 +38,35 @@ def test_maps_cover_images_of_any_size(model, size):
     assert output.masks.shape == (2, 3, -(-size[0] // output.stride), -(-size[1] // output.stride))
     assert output.scores.shape == (2, 3)
     assert output.masks.min() >= 0 and output.masks.max() <= 1
+
+
+@pytest.mark.skipif(not fastris.backend.has_native("conv2d_same", "cpu"), reason="fastris._C is not built")
+@pytest.mark.parametrize("layers", [1, 2])
+@pytest.mark.parametrize("feedback", [False, True])
+def test_weights_that_steps_have_in_common_train_as_on_the_reference_back_end(layers, feedback):
+    images = torch.rand(4, 3, 64, 80)  # enough cells for the convolutions that transform their weights
+
+    def trained(backend):
+        torch.manual_seed(1)
+        model = RecurrentInstanceSegmenter(ModelConfig(**TINY, layers=layers, feedback=feedback))
+        optimizer = torch.optim.SGD(model.parameters(), 1e-2)
+        outputs = []
+        with fastris.use_backend(backend):
+            for _ in range(2):
+                output = model(images, 4)
+                outputs.append(output)
+                optimizer.zero_grad()
+                (output.masks.mean() + output.scores.mean()).backward()
+                optimizer.step()
+        return outputs, [cell.conv.weight.grad for cell in model.cells]
+
+    assert SameConvolution(torch.zeros(32, 8, 3, 3)).by_winograd(torch.zeros(4, 8, 16, 20))
+    (found, found_grads), (truth, true_grads) = trained("native"), trained("reference")
+    for ours, theirs in zip(found, truth, strict=True):
+        torch.testing.assert_close(ours.masks, theirs.masks, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(ours.scores, theirs.scores, rtol=1e-4, atol=1e-5)
+    for ours, theirs in zip(found_grads, true_grads, strict=True):
+        assert (ours - theirs).norm() <= 1e-3 * theirs.norm()
 
 
 def test_spatial_inhibition_is_log_softmax_over_the_map_plus_a_scalar():

@@ -252,8 +252,14 @@ def test_opcheck_and_one_graph() -> None:
     torch.library.opcheck(torch.ops.fastris.conv2d_same.default, (x, weight, bias, 1))
     part = x.detach()[:, 3:].requires_grad_()
     torch.library.opcheck(torch.ops.fastris.conv2d_same.default, (part, weight, bias, 1, x.detach()))
+    transformed = RepeatedWeight(weight).transformed(x, 3, True)
+    assert None not in transformed
+    torch.library.opcheck(torch.ops.fastris.conv2d_same.default, (part, weight, bias, 1, x.detach(), *transformed))
     arguments = (torch.randn(15, 12, 8, 9), x.detach(), weight.detach(), 1, True, True, 3)
-    torch.library.opcheck(torch.ops.fastris.conv2d_same_backward.default, arguments)
+    for more in ((), transformed[1:]):
+        torch.library.opcheck(torch.ops.fastris.conv2d_same_backward.default, (*arguments, *more))
+    repeated = torch.compile(lambda x, w: conv2d_same(x, RepeatedWeight(w)), fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(repeated(x, weight), conv2d_same(x, weight))
     compiled = torch.compile(lambda *inputs: conv2d_same(*inputs).relu(), fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(x, weight, bias), conv2d_same(x, weight, bias).relu())
 
