@@ -141,7 +141,7 @@ def _own_flags(source: Path) -> list[str]:
     flags = [f"-ffp-contract={'off' if source.stem.startswith(UNCONTRACTED) else 'fast'}"]
     if source.stem.startswith(SCHEDULED):
         flags += ["-fschedule-insns", "-Wno-ignored-optimization-argument"]  # Clang has no such option, and says so
-    if source.stem == TESTED and not SANITIZED:
+    if source.stem == TESTED:
         flags += ["-O2"]
     if platform.machine().lower() in ("x86_64", "amd64"):
         flags += next((more for suffix, more in INSTRUCTION_SETS.items() if source.stem.endswith(suffix)), [])
@@ -232,14 +232,15 @@ class BuildNative(build_ext):
         flags += ["-Wall", "-Wextra", "-DNDEBUG", *(["-Werror"] if WARNINGS_ARE_ERRORS else [])]
         flags += ["-Wno-psabi"]  # vectors wider than the machine's, none of which cross a call
         link: list[str] = []
+        last: list[str] = []  # of the flags, so that its level of optimization is the one that counts
         if SANITIZED:
             sanitize = ["-fsanitize=address,undefined", "-fno-omit-frame-pointer"]
-            flags += [*sanitize, "-fno-sanitize-recover=all", "-O1", "-g1"]
+            last += [*sanitize, "-fno-sanitize-recover=all", "-O1", "-g1"]
             link += sanitize
 
         def compile_source(source: str) -> Path:
             own = _own_flags(Path(source))
-            return kept.compile([*_compiler(), *flags, *own, *defines, *includes, *python], source, self._run)
+            return kept.compile([*_compiler(), *flags, *own, *last, *defines, *includes, *python], source, self._run)
 
         module = str(SOURCES / "module.cpp")  # it says what the CUDA kernels were compiled for
         with ThreadPoolExecutor(os.cpu_count()) as pool:

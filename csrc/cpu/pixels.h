@@ -51,15 +51,15 @@ struct Masks {
         pixel_stride(tensor.stride(2)),
         element_bytes(static_cast<int64_t>(tensor.element_size())) {}
 
-  int64_t at(int64_t b, int64_t row, int64_t x) const { return b * batch_stride + row * row_stride + x * pixel_stride; }
   const char* address(int64_t b, int64_t row, int64_t x) const {
-    return static_cast<const char*>(data) + at(b, row, x) * element_bytes;
+    const int64_t at = b * batch_stride + row * row_stride + x * pixel_stride;
+    return static_cast<const char*>(data) + at * element_bytes;
   }
 };
 
 template <typename From>
 FASTRIS_INLINE const From* pixels_of(const Masks& masks, int64_t b, int64_t row, int64_t x) {
-  return static_cast<const From*>(masks.data) + masks.at(b, row, x);
+  return reinterpret_cast<const From*>(masks.address(b, row, x));
 }
 
 template <typename From, typename To>

@@ -71,9 +71,14 @@ struct NextTile {
 
   FASTRIS_INLINE Ahead next() {
     const int64_t i = row++;
-    if (i < rows) return {pred.address(b, first + i, x), lanes * pred.pixel_stride * pred.element_bytes};
-    if (i < rows + targets) return {masks.address(b, i - rows, x), lanes * masks.pixel_stride * masks.element_bytes};
+    if (i < rows) return ahead(pred, first + i);
+    if (i < rows + targets) return ahead(masks, i - rows);
     return {pred.address(b, first, x), 0};
+  }
+
+ private:
+  FASTRIS_INLINE Ahead ahead(const Masks& of, int64_t one) const {
+    return {of.address(b, one, x), lanes * of.pixel_stride * of.element_bytes};
   }
 };
 
@@ -137,7 +142,7 @@ struct SumKernel {
     const Lanes<T> q = new_lanes<T>(block_rows * kTileRow<T>);
     const Lanes<T> y = new_lanes<T>(WithMasks ? padded_targets * kTileRow<T> : 0);
     Lanes<Segments<T, Bytes>> segments;
-    if (!WithMasks) segments = new_lanes<Segments<T, Bytes>>(1);
+    if constexpr (!WithMasks) segments = new_lanes<Segments<T, Bytes>>(1);
     // Σqy of a target with the rows of the panel, for every target; then Σq of the rows; then Σy
     const int64_t sums = padded_targets * panel + panel + padded_targets;
     const Lanes<T> lane_sums = new_lanes<T>(sums * lanes);

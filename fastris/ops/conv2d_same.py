@@ -82,8 +82,7 @@ class SameConvolution:
         """All of the weight but its first ``skip`` input channels, as ``winograd_convolve_out`` takes it."""
         key = turned, side, skip
         if key not in self._transformed:
-            weight = self.weight[:, skip:].float() if skip else self.weight.float()
-            self._transformed[key] = torch.ops.fastris.winograd_weight(weight, turned, side)
+            self._transformed[key] = torch.ops.fastris.winograd_weight(self.weight[:, skip:].float(), turned, side)
         return self._transformed[key]
 
     def for_results(self) -> Tensor:
