@@ -20,6 +20,7 @@ NATIVE_OPERATORS: dict[str, frozenset[str]] = {
     "conv2d_same": frozenset({"cpu"}),
     "dynamic_mask": frozenset({"cpu"}),
     "group_norm_relu": frozenset({"cpu"}),
+    "image_masks": frozenset({"cpu"}),
     "permutohedral": frozenset({"cpu"}),
     "place_logits": frozenset({"cpu"}),
     "soft_iou": frozenset({"cpu", "cuda"}),

@@ -91,6 +91,7 @@ def test_info_is_json_and_lists_every_operator() -> None:
         "convlstm",
         "dynamic_mask",
         "group_norm_relu",
+        "image_masks",
         "lstm_gates",
         "permutohedral",
         "place_logits",

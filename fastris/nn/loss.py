@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from fastris.nn.dense import DenseMaps, dense_loss, dense_targets
 from fastris.nn.heads import DynamicMaskHead
-from fastris.nn.model import RISOutput, to_pixels
+from fastris.nn.model import RISOutput
 from fastris.ops.assignment import assignment
+from fastris.ops.image_masks import image_masks
 from fastris.ops.soft_iou import check_pred_and_target, soft_iou
 
 
@@ -59,8 +60,26 @@ def match(
         bonus: optional (B, T, G), added to the IoU for the matching alone.
     """
     check_pred_and_target(pred, target)
-    if target.dim() == 3:
-        pred = torch.where((target < 0).unsqueeze(1), 0.0, pred)
+    void = void_pixels(target)
+    if void is not None:
+        pred = torch.where(void.unsqueeze(1), 0.0, pred)
+    return match_known(pred, target, num_pred, num_target, num_labels, bonus)
+
+
+def void_pixels(target: Tensor) -> Tensor | None:
+    """Bool (B, H, W): which pixels of a label map are void. Masks have none."""
+    return target < 0 if target.dim() == 3 else None
+
+
+def match_known(
+    pred: Tensor,
+    target: Tensor,
+    num_pred: Tensor | None,
+    num_target: Tensor | None,
+    num_labels: int | None,
+    bonus: Tensor | None,
+) -> Matches:
+    """:func:`match` of predictions that are 0 where the target is void."""
     iou = soft_iou(pred, target, num_pred, num_target, num_labels)
     cost = -iou.detach() if bonus is None else -(iou.detach() + bonus)
     target_of_pred = assignment(cost, num_pred, num_target).col_of_row
@@ -137,19 +156,19 @@ class RISLoss(nn.Module):
         elif num_labels is None:
             num_labels = int(counts.max()) if batch else 0
         dtype = torch.float64 if output.mask_logits.dtype == torch.float64 else torch.float32
-        logits, compared = output.mask_logits.to(dtype), target
+        logits = output.mask_logits.to(dtype)
         if self.resolution == "map":
             compared = at_centres(target, output.stride, output.offset, (logits.shape[-2], logits.shape[-1]))
+            masks = image_masks(logits, 1, 0, (logits.shape[-2], logits.shape[-1]), void_pixels(compared))
         else:
-            logits = to_pixels(logits, output.stride, output.offset, (target.shape[-2], target.shape[-1]))
+            compared, size = target, (target.shape[-2], target.shape[-1])
+            masks = image_masks(logits, output.stride, output.offset, size, void_pixels(target))
         num_pred = counts.clamp_max(steps) if self.variant == "first_n" else None
         on_target = mass = None
         if self.place_weight:
             margin = (output.offset, 0, output.offset, 0)
             mass = place_on_target(output.log_place.to(dtype), F.pad(target, margin), num_labels)
-        matches = match(
-            logits.sigmoid(), compared, num_pred, counts, num_labels, None if mass is None else mass.detach()
-        )
+        matches = match_known(masks, compared, num_pred, counts, num_labels, None if mass is None else mass.detach())
         per_image = counts.clamp_min(1).to(dtype) if self.per_instance else 1.0
         mask = -(matches.iou.sum(1) / per_image).mean()
         place = mask.new_zeros(())

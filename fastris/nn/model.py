@@ -24,6 +24,7 @@ from fastris.nn.fcn8s import FCN8s
 from fastris.nn.heads import ConfidenceHead, DynamicMaskHead, SpatialInhibition
 from fastris.ops.conv2d_same import RepeatedWeight, conv2d_same
 from fastris.ops.lstm_gates import lstm_gates
+from fastris.reference.image_masks import at_pixels
 from fastris.tiling import check_tiling, stitch, tile_boxes
 
 if TYPE_CHECKING:
@@ -473,18 +474,11 @@ class RecurrentInstanceSegmenter(nn.Module):
 
         Without a threshold they stay fp32 logits.
         """
-        logits = to_pixels(logits.float().unsqueeze(1), self.stride, self.backbone.offset, looked_at)
+        logits = at_pixels(logits.float().unsqueeze(1), self.stride, self.backbone.offset, looked_at)
         if size != looked_at:
             logits = F.interpolate(logits, size=size, mode="bilinear")
         masks = logits if mask_threshold is None else logits.sigmoid() > mask_threshold
         return masks.squeeze(1).cpu()
-
-
-def to_pixels(maps: Tensor, stride: int, offset: int, size: tuple[int, int]) -> Tensor:
-    """Maps (B, C, h, w) at the pixels of an image, (B, C, H, W): bilinear, the part that shows the image."""
-    height, width = size
-    grown = F.interpolate(maps, scale_factor=stride, mode="bilinear")
-    return grown[..., offset : offset + height, offset : offset + width]
 
 
 def _build_backbone(config: ModelConfig) -> Backbone:

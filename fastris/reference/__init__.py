@@ -5,6 +5,7 @@ from fastris.reference.convlstm import conv2d_same, convlstm
 from fastris.reference.dense_crf import dense_crf
 from fastris.reference.dynamic_mask import dynamic_mask
 from fastris.reference.group_norm_relu import group_norm_relu
+from fastris.reference.image_masks import image_masks
 from fastris.reference.lstm_gates import lstm_gates
 from fastris.reference.permutohedral import gaussian_sum, permutohedral_filter, permutohedral_lattice
 from fastris.reference.place_logits import place_logits
@@ -18,6 +19,7 @@ __all__ = [
     "dynamic_mask",
     "gaussian_sum",
     "group_norm_relu",
+    "image_masks",
     "lstm_gates",
     "permutohedral_filter",
     "permutohedral_lattice",

@@ -18,6 +18,7 @@ from fastris.nn.model import RISOutput
 from fastris.ops.conv2d_same import conv2d_same
 from fastris.ops.dynamic_mask import dynamic_mask
 from fastris.ops.group_norm_relu import group_norm_relu
+from fastris.ops.image_masks import image_masks
 from fastris.ops.place_logits import place_logits
 
 pytestmark = pytest.mark.skipif(backend.native_error() is not None, reason="fastris._C is not built")
@@ -92,6 +93,10 @@ def place_inputs(batch: int) -> Inputs:
         "last": torch.randn(10, dtype=torch.float64) / 3,
         "last_bias": torch.randn(1, dtype=torch.float64),
     }
+
+
+def mask_inputs(batch: int) -> Inputs:
+    return {"logits": torch.randn(batch, 3, 7, 9, dtype=torch.float64)}
 
 
 def drawing_inputs(batch: int) -> Inputs:
@@ -195,6 +200,7 @@ OPERATORS = {
     "group_norm_relu": Operator(partial(group_norm_relu, groups=3), norm_inputs, (torch.float32,)),
     "place_logits": Operator(place_logits, place_inputs, (torch.float32,), frozenset({"found"})),
     "dynamic_mask": Operator(partial(dynamic_mask, radius=16.0), drawing_inputs, (torch.float32,)),
+    "image_masks": Operator(partial(image_masks, stride=2, offset=1, size=(12, 17)), mask_inputs, (torch.float32,)),
     "match": Operator(partial(match, num_labels=6), partial(labelled, preds=8, targets=6), (torch.float32,)),
     "RISLoss, all": Operator(partial(ris_loss, "all"), loss_inputs, (torch.float32,)),
     "RISLoss, first_n": Operator(partial(ris_loss, "first_n"), loss_inputs, (torch.float32,)),
