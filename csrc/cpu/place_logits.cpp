@@ -3,6 +3,7 @@
 //
 //     logit = last · relu(base + weight · [hidden, found]) + last_bias
 //
+// Columns of the weight that are for neither, in its middle, are those that base was made with.
 // Tiles of cells go through both layers while they are in the first level of cache; nothing between the layers is kept.
 #include "../stable_abi.h"
 #include "aligned.h"
@@ -11,6 +12,7 @@
 #include "parallel.h"
 
 #include <algorithm>
+#include <numeric>
 
 namespace fastris {
 namespace {
@@ -37,6 +39,8 @@ struct Cells {
 
   int64_t n() const { return padded(inner); }
   int64_t width() const { return channels + more; }
+  // The column of a weight of `columns` that a channel of [hidden, found] has: found has the last ones.
+  int64_t column(int64_t c, int64_t columns) const { return c < channels ? c : columns - width() + c; }
   int64_t row() const { return padded(width()) + 16; }  // of what a cell shows: room for whole rows and whole columns
   int64_t tiles() const { return (count + kTile - 1) / kTile; }
 
@@ -80,9 +84,9 @@ struct Backward : Cells {
   const float* grad;  // [count]
   const float* turned;  // [n][padded channels]: the weight's part for hidden
   float *d_hidden, *d_base;
-  float* sums;  // [part][part_size()], zeros at first: of weight [whole_rows(width)][n], of last [n], of last_bias
+  float* sums;  // [part][part_size()], zeros at first: of weight [whole_rows(width)][n], of last [n]
 
-  int64_t part_size() const { return (whole_rows(width()) + 1) * n() + 16; }
+  int64_t part_size() const { return (whole_rows(width()) + 1) * n(); }
 
   template <int Bytes>
   FASTRIS_INLINE void run() const {
@@ -98,10 +102,8 @@ struct Backward : Cells {
         const int64_t first = tile * kTile, some = std::min(kTile, count - first);
         look<Bytes>(first, some, seen.get(), layer.get());
         std::fill(d_last.get(), d_last.get() + n(), 0.0f);
-        float d_last_bias = 0.0f;
         for (int64_t cell = 0; cell < some; ++cell) {
           const float g = grad[first + cell];
-          d_last_bias += g;
           for (int64_t j = 0; j < n(); j += lanes) {
             Real& value = vector_at<Bytes>(layer.get() + cell * n() + j);
             vector_at<Bytes>(d_last.get() + j) += g * rectified<Bytes>(value);
@@ -116,7 +118,6 @@ struct Backward : Cells {
         }
         multiply<Bytes, true>(whole_rows(width()), n(), some, seen.get(), 1, row(), layer.get(), d_weight);
         for (int64_t j = 0; j < n(); j += lanes) vector_at<Bytes>(d_last_sum + j) += vector_at<Bytes>(d_last.get() + j);
-        d_last_sum[n()] += d_last_bias;
       }
     }
   }
@@ -150,9 +151,9 @@ struct Call {
     cells.inner = base.size(1);
     FASTRIS_CHECK(cells.inner > 0, "place_logits: base must have channels");
     FASTRIS_CHECK(
-        weight_.dim() == 2 && weight_.size(0) == cells.inner && weight_.size(1) == cells.width() &&
+        weight_.dim() == 2 && weight_.size(0) == cells.inner && weight_.size(1) >= cells.width() &&
             weight_.scalar_type() == ScalarType::Float,
-        "place_logits: weight must be float32 (N,C+K), N of base, C of hidden, K of found");
+        "place_logits: weight must be float32 (N,C+K or more), N of base, C of hidden, K of found");
     FASTRIS_CHECK(
         last_.dim() == 1 && last_.size(0) == cells.inner && last_.scalar_type() == ScalarType::Float,
         "place_logits: last must be float32 (N)");
@@ -170,7 +171,7 @@ struct Call {
     for (int64_t j = 0; j < cells.inner; ++j) {
       last[j] = from_last[j * last_.stride(0)];
       for (int64_t c = 0; c < cells.width(); ++c) {
-        weight[c * n + j] = from[j * weight_.stride(0) + c * weight_.stride(1)];
+        weight[c * n + j] = from[j * weight_.stride(0) + cells.column(c, weight_.size(1)) * weight_.stride(1)];
       }
     }
     cells.weight = weight.get();
@@ -219,13 +220,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> place_logits_backward(
     for (int64_t part = 0; part < kParts; ++part) sum += sums[part * size + i];
     return sum;
   };
-  Tensor d_weight = empty_on(hidden, {N, width}, ScalarType::Float);
+  const int64_t columns = weight.size(1);
+  Tensor d_weight = empty_on(hidden, {N, columns}, ScalarType::Float);
   Tensor d_last = empty_on(hidden, {N}, ScalarType::Float), d_last_bias = empty_on(hidden, {1}, ScalarType::Float);
   for (int64_t j = 0; j < N; ++j) {
-    for (int64_t c = 0; c < width; ++c) static_cast<float*>(d_weight.data_ptr())[j * width + c] = sum_at(c * n + j);
+    float* const row = static_cast<float*>(d_weight.data_ptr()) + j * columns;
+    std::fill(row, row + columns, 0.0f);
+    for (int64_t c = 0; c < width; ++c) row[kernel.column(c, columns)] = sum_at(c * n + j);
     static_cast<float*>(d_last.data_ptr())[j] = sum_at(whole_rows(width) * n + j);
   }
-  *static_cast<float*>(d_last_bias.data_ptr()) = sum_at((whole_rows(width) + 1) * n);
+  const double sum_of_grad = std::accumulate(kernel.grad, kernel.grad + kernel.count, 0.0);
+  *static_cast<float*>(d_last_bias.data_ptr()) = static_cast<float>(sum_of_grad);
   return {d_hidden, d_base, d_weight, d_last, d_last_bias};
 }
 

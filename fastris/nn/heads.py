@@ -141,15 +141,16 @@ class DynamicMaskHead(nn.Module):
         logits = maps.flatten(1)
         log_place = F.log_softmax(logits.to(torch.promote_types(logits.dtype, torch.float32)), dim=1)
         peak, chosen = logits.max(1, keepdim=True)
-        grid = cell_centres(rows, columns, log_place) * (detail.shape[2] // rows)  # [2, hw], in cells of the detail
+        scale = detail.shape[2] // rows  # cells of the detail in one
         if self.hard_place:
             place = (torch.arange(logits.shape[1], device=logits.device) == chosen).to(log_place.dtype)
             there = chosen.unsqueeze(2)  # [B, 1, 1]
             seen = [cells(one).gather(1, there.expand(-1, -1, one.shape[1])) for one in (hidden, features)]
-            centre = grid[:, chosen.squeeze(1)].t()
+            centre = (torch.cat([chosen % columns, chosen // columns], dim=1).to(log_place.dtype) + 0.5) * scale
         else:
             place = log_place.exp()
             seen = [torch.bmm(place.unsqueeze(1).to(one.dtype), cells(one)) for one in (hidden, features)]
+            grid = cell_centres(rows, columns, log_place) * scale  # [2, hw]
             centre = (place.unsqueeze(1) * grid).sum(2)  # a matrix product would be rounded under autocast
         attended = torch.cat(seen, dim=2).squeeze(1)  # [B, C + F]
         middle = None
@@ -169,11 +170,7 @@ class DynamicMaskHead(nn.Module):
         """(B, h, w): ``place`` of all that it sees, without putting it together."""
         first, last = self._place_layers()
         assert last.bias is not None
-        weight = first.weight.flatten(1)
-        moving = [weight[:, : hidden.shape[1]]]
-        if found is not None:
-            moving.append(weight[:, -self.found_channels :])
-        return place_logits(hidden, base, found, torch.cat(moving, dim=1), last.weight.flatten(), last.bias)
+        return place_logits(hidden, base, found, first.weight.flatten(1), last.weight.flatten(), last.bias)
 
 
 class ConfidenceHead(nn.Module):

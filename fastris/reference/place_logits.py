@@ -15,7 +15,7 @@ def place_logits(
         hidden: (B, C, H, W).
         base: (B, N, H, W), the inner layer's part that is the same at every step, bias included.
         found: optional (B, K, H, W); gets no gradient.
-        weight: (N, C + K), or (N, C) without ``found``.
+        weight: (N, C + F + K): C columns for ``hidden``, at the end K for ``found``, and F that ``base`` was made with.
         last: (N,).
         last_bias: (1,).
 
@@ -25,7 +25,7 @@ def place_logits(
     channels = hidden.shape[1]
     inner = cells(base) + F.linear(cells(hidden), weight[:, :channels])
     if found is not None:
-        inner = inner + F.linear(cells(found.detach()), weight[:, channels:])
+        inner = inner + F.linear(cells(found.detach()), weight[:, -found.shape[1] :])
     return F.linear(inner.relu(), last.unsqueeze(0), last_bias).view(hidden.shape[0], *hidden.shape[2:])
 
 

@@ -22,6 +22,7 @@ SHAPES = [  # B, C, K, N, H, W
     (1, 5, 3, 8, 1, 3),  # fewer cells than a tile
     (2, 100, 2, 48, 9, 10),  # sums so long that they are made of shorter ones
 ]
+OTHERS = 3  # columns of the weight that are for neither hidden nor found
 Arguments = tuple[Tensor | None, ...]
 
 
@@ -33,7 +34,7 @@ def arguments(shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Arg
         return torch.randn(batch, height, width, count, dtype=dtype).permute(0, 3, 1, 2)
 
     hidden, base = maps(channels).requires_grad_(), maps(inner).requires_grad_()
-    weights = [torch.randn(*size, dtype=dtype) for size in ((inner, channels + more), (inner,), (1,))]
+    weights = [torch.randn(*size, dtype=dtype) for size in ((inner, channels + OTHERS + more), (inner,), (1,))]
     weights[0] /= (channels + more) ** 0.5
     return hidden, base, maps(more) if more else None, *(one.requires_grad_() for one in weights)
 
@@ -50,7 +51,8 @@ def results(given: Arguments, call: Callable[..., Tensor], grad: Tensor) -> tupl
 
 def test_the_reference_is_two_convolutions() -> None:
     hidden, base, found, weight, last, last_bias = arguments((2, 6, 2, 5, 4, 3), torch.float64)
-    inner = base + F.conv2d(torch.cat([hidden, found], 1), weight[:, :, None, None])
+    seen = torch.cat([hidden, torch.zeros(2, OTHERS, 4, 3, dtype=torch.float64), found], 1)
+    inner = base + F.conv2d(seen, weight[:, :, None, None])
     expected = F.conv2d(inner.relu(), last[None, :, None, None], last_bias).squeeze(1)
     torch.testing.assert_close(place_logits(hidden, base, found, weight, last, last_bias), expected)
 
@@ -167,7 +169,7 @@ def test_second_derivatives_are_refused() -> None:
         (lambda g: (g[0].contiguous(), *g[1:]), "hidden must be channels_last"),
         (lambda g: (g[0].double(), *g[1:]), "hidden must be float32"),
         (lambda g: (g[0], g[1][:1], *g[2:]), "base must be float32 .* like hidden"),
-        (lambda g: (*g[:3], g[3][:, :5], *g[4:]), r"weight must be float32 \(N,C\+K\)"),
+        (lambda g: (*g[:3], g[3][:, :33], *g[4:]), r"weight must be float32 \(N,C\+K or more\)"),
         (lambda g: (*g[:4], g[4][:3], g[5]), r"last must be float32 \(N\)"),
         (lambda g: (*g[:5], torch.zeros(2)), r"last_bias must be float32 \(1\)"),
     ],
