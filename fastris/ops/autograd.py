@@ -11,9 +11,16 @@ Call = Callable[..., Any]
 
 
 def with_gradients(
-    library: torch.library.Library, name: str, gradients: Call, setup_context: Call
+    library: torch.library.Library,
+    name: str,
+    gradients: Call,
+    setup_context: Call,
+    kernels: tuple[Call | None, Call | None] = (None, None),
 ) -> tuple[Call, Call]:
     """Register the gradients of ``torch.ops.fastris.<name>``; its ``<name>_backward`` has none and says so.
+
+    ``kernels`` are those of the two where they are functions of Python, the same on every device that the returned
+    functions are called for.
 
     Returns:
         The two as functions of positional arguments. Compiled, exported, traced and under ``torch.vmap`` they are the
@@ -26,15 +33,20 @@ def with_gradients(
 
     torch.library.register_autograd(f"fastris::{name}", gradients, setup_context=setup_context, lib=library)
     torch.library.register_autograd(f"fastris::{name}_backward", no_second_gradients, lib=library)
-    return _called(name, gradients, setup_context), _called(f"{name}_backward", no_second_gradients)
+    forward, backward = kernels
+    return (
+        _called(name, forward, gradients, setup_context),
+        _called(f"{name}_backward", backward, no_second_gradients, lambda ctx, inputs, output: None),
+    )
 
 
-def _called(name: str, gradients: Call, setup_context: Call = lambda ctx, inputs, output: None) -> Call:
+def _called(name: str, kernel: Call | None, gradients: Call, setup_context: Call) -> Call:
     operator = getattr(torch.ops.fastris, name).default
 
     def below_autograd(*arguments: Any) -> Any:
+        watched = kernel is None or torch._C._len_torch_dispatch_stack() > 0
         with torch._C._AutoDispatchBelowAutograd():
-            return operator(*arguments)
+            return operator(*arguments) if watched else kernel(*arguments)  # type: ignore[misc]
 
     def forward(ctx: Any, *arguments: Any) -> Any:
         output = below_autograd(*arguments)

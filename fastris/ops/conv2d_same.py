@@ -59,19 +59,21 @@ class SameConvolution:
 
     def __init__(self, weight: Tensor, dilation: int = 1, largest: int = 4) -> None:
         self.weight, self.dilation, self.largest = weight, dilation, largest
-        self.spans = [dilation * (size - 1) for size in weight.shape[-2:]]
+        self.out, self.inputs, *kernel = weight.shape
         self._by_winograd = (
-            backend.has_native("conv2d_same", weight.device.type)
+            weight.is_cpu
             and weight.dtype in WINOGRAD_DTYPES
-            and tuple(weight.shape[2:]) == (3, 3)
+            and kernel == [3, 3]
             and dilation == 1
-            and min(weight.shape[:2]) >= LEAST_CHANNELS
+            and self.out >= LEAST_CHANNELS
+            and self.inputs >= LEAST_CHANNELS
+            and backend.has_native("conv2d_same", "cpu")
         )
         self._transformed: dict[tuple[bool, int, int], Tensor] = {}
 
     def by_winograd(self, x: Tensor) -> bool:
-        height, width = x.shape[-2:]
-        large = min(height, width) >= LEAST_SIDE and x.shape[0] * height * width >= LEAST_PIXELS
+        batch, _, height, width = x.shape
+        large = height >= LEAST_SIDE and width >= LEAST_SIDE and batch * height * width >= LEAST_PIXELS
         return self._by_winograd and large
 
     def side(self, summed: int) -> int:
@@ -82,14 +84,16 @@ class SameConvolution:
         """All of the weight but its first ``skip`` input channels, as ``winograd_convolve_out`` takes it."""
         key = turned, side, skip
         if key not in self._transformed:
-            self._transformed[key] = torch.ops.fastris.winograd_weight(self.weight[:, skip:].float(), turned, side)
+            self._transformed[key] = torch.ops.fastris.winograd_weight.default(
+                self.weight[:, skip:].float(), turned, side
+            )
         return self._transformed[key]
 
     def for_results(self) -> Tensor:
-        return self.transformed(False, self.side(self.weight.shape[1]))
+        return self.transformed(False, self.side(self.inputs))
 
     def for_gradients(self, skip: int) -> Tensor:
-        return self.transformed(True, self.side(self.weight.shape[0]), skip)
+        return self.transformed(True, self.side(self.out), skip)
 
     @cached_property
     def channels_last(self) -> Tensor:
@@ -102,10 +106,10 @@ class SameConvolution:
         x = channels_last(x)
         if not self.by_winograd(x):
             return channels_last(reference.conv2d_same(x, self.channels_last, bias, self.dilation))
-        y = self.room(x, self.weight.shape[0]) if room is None else room
+        y = self.room(x, self.out) if room is None else room
         bias = None if bias is None else bias.float().contiguous()
         transformed = self.for_results() if transformed is None else transformed
-        torch.ops.fastris.winograd_convolve_out(x, transformed, bias, y)
+        torch.ops.fastris.winograd_convolve_out.default(x, transformed, bias, y)
         return y
 
     def backward(
@@ -114,27 +118,26 @@ class SameConvolution:
         """Gradients of x, but for its first ``skip`` channels, and of the weight, which may be in fp32 where the weight
         is not; those not needed are empty."""
         grad, x = channels_last(grad), channels_last(x)
-        empty = grad.new_empty(0)
         if not (need_x or need_weight):
-            return empty, empty
+            return grad.new_empty(0), grad.new_empty(0)
         if not self.by_winograd(x):
             d_x, d_weight = self._backward_by_torch(grad, x, need_x, need_weight)
             return channels_last(d_x[:, skip:]) if need_x and skip else d_x, d_weight
-        d_x = d_weight = empty
+        batch, channels, height, width = x.shape
+        d_x = self.room(x, channels - skip if need_x else 0)
         if need_x:
-            d_x = self.room(x, x.shape[1] - skip)
             transformed = self.for_gradients(skip) if transformed is None else transformed
-            torch.ops.fastris.winograd_convolve_out(grad, transformed, None, d_x)
+            torch.ops.fastris.winograd_convolve_out.default(grad, transformed, None, d_x)
         if need_weight:
-            pixels = x.shape[0] * x.shape[2] * x.shape[3]
-            d_weight = torch.ops.fastris.winograd_weight_gradient(x, grad, self.side(pixels))
-        return d_x, d_weight
+            return d_x, torch.ops.fastris.winograd_weight_gradient.default(x, grad, self.side(batch * height * width))
+        return d_x, grad.new_empty(0)
 
     def _backward_by_torch(self, grad: Tensor, x: Tensor, need_x: bool, need_weight: bool) -> tuple[Tensor, Tensor]:
-        (top, left), (height, width) = (span // 2 for span in self.spans), x.shape[-2:]
-        uneven = any(span % 2 for span in self.spans)
+        down, across = (self.dilation * (size - 1) for size in self.weight.shape[-2:])
+        top, left, (height, width) = down // 2, across // 2, x.shape[-2:]
+        uneven = down % 2 or across % 2
         if uneven:
-            x = channels_last(F.pad(x, (left, self.spans[1] - left, top, self.spans[0] - top)))
+            x = channels_last(F.pad(x, (left, across - left, top, down - top)))
         d_x, d_weight, _ = torch.ops.aten.convolution_backward(
             grad,
             x,
@@ -240,7 +243,9 @@ def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return d_x if need_x else None, d_weight if need_weight else None, d_bias, None, None, None, None
 
 
-_operator, _operator_backward = with_gradients(_library, "conv2d_same", _gradients, _setup_context)
+_operator, _operator_backward = with_gradients(
+    _library, "conv2d_same", _gradients, _setup_context, (_forward, _backward)
+)
 
 # The door
 

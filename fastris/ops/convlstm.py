@@ -147,7 +147,7 @@ class _Layer:
             )
             return gates
         gates, addend = self.gates(t, hidden)
-        torch.ops.fastris.lstm_gates_out(gates, cell, addend, None, self.peephole, next_hidden, next_cell)
+        torch.ops.fastris.lstm_gates_out.default(gates, cell, addend, None, self.peephole, next_hidden, next_cell)
         return gates
 
     def step_backward(
@@ -176,7 +176,7 @@ class _Layer:
         else:
             gates, addend = self.gates(t, hidden, d_gates)
             d_gates = d_gates if gates is self._hoisted else gates
-        torch.ops.fastris.lstm_gates_backward_out(
+        torch.ops.fastris.lstm_gates_backward_out.default(
             gates, cell, addend, None, self.peephole, d_hidden, d_cell, d_gates, d_cell, d_sum
         )
         return d_gates

@@ -49,10 +49,14 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def layout_of(tensor: Tensor) -> torch.memory_format:
     """The layout that a kernel sees a (B, C, H, W) tensor in: CUDA's always channels_last, the CPU's also NCHW."""
-    if tensor.device.type == "cpu":
-        channels_last = not tensor.is_contiguous() and tensor.is_contiguous(memory_format=torch.channels_last)
-        return torch.channels_last if channels_last else torch.contiguous_format
+    if tensor.is_cpu and (tensor.is_contiguous() or not tensor.is_contiguous(memory_format=torch.channels_last)):
+        return torch.contiguous_format
     return torch.channels_last
+
+
+def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """``tensor.to(dtype)``, which even for nothing takes as long as a small operator."""
+    return tensor if tensor.dtype is dtype else tensor.to(dtype)
 
 
 class _Arguments:
@@ -67,7 +71,9 @@ class _Arguments:
         peephole: Tensor | None,
     ) -> None:
         self.layout = layout_of(gates)
-        dtype = gates.dtype if addend is None else torch.promote_types(gates.dtype, addend.dtype)
+        dtype = gates.dtype
+        if addend is not None and addend.dtype is not dtype:
+            dtype = torch.promote_types(dtype, addend.dtype)
         compute = compute_dtype(dtype)
         self.gates = self.dense(gates, dtype)
         self.cell_prev = self.dense(cell_prev, dtype if cell_prev.dtype == dtype else compute)
@@ -76,7 +82,7 @@ class _Arguments:
         self.peephole = None if peephole is None else peephole.to(compute).contiguous()
 
     def dense(self, tensor: Tensor, dtype: torch.dtype) -> Tensor:
-        return tensor.to(dtype).contiguous(memory_format=self.layout)
+        return cast(tensor, dtype).contiguous(memory_format=self.layout)
 
     def inputs(self) -> tuple[Tensor | None, ...]:
         return self.gates, self.cell_prev, self.addend, self.bias, self.peephole
@@ -91,8 +97,8 @@ def _native(
     arguments = _Arguments(gates, cell_prev, addend, bias, peephole)
     hidden = arguments.state(arguments.gates.dtype)
     cell = arguments.state(arguments.cell_prev.dtype)
-    torch.ops.fastris.lstm_gates_out(*arguments.inputs(), hidden, cell)
-    return hidden.to(gates.dtype), cell.to(cell_prev.dtype)
+    torch.ops.fastris.lstm_gates_out.default(*arguments.inputs(), hidden, cell)
+    return cast(hidden, gates.dtype), cast(cell, cell_prev.dtype)
 
 
 def _native_backward(
@@ -116,7 +122,9 @@ def _native_backward(
     unrounded = None  # what the reductions are over
     if reduced and compute != d_gates.dtype:
         unrounded = torch.zeros_like(d_gates, dtype=compute, memory_format=arguments.layout)
-    torch.ops.fastris.lstm_gates_backward_out(*arguments.inputs(), d_hidden, d_cell, d_gates, d_cell_prev, unrounded)
+    torch.ops.fastris.lstm_gates_backward_out.default(
+        *arguments.inputs(), d_hidden, d_cell, d_gates, d_cell_prev, unrounded
+    )
     unrounded = d_gates if unrounded is None else unrounded
     d_bias, d_peephole = gates.new_empty(0), gates.new_empty(0)
     if bias is not None:
@@ -124,9 +132,9 @@ def _native_backward(
     if peephole is not None:
         arguments.cell_prev = arguments.cell_prev.to(compute)
         cell = arguments.state(compute)
-        torch.ops.fastris.lstm_gates_out(*arguments.inputs(), arguments.state(arguments.gates.dtype), cell)
+        torch.ops.fastris.lstm_gates_out.default(*arguments.inputs(), arguments.state(arguments.gates.dtype), cell)
         d_peephole = peephole_gradient(unrounded, arguments.cell_prev, cell).to(peephole.dtype)
-    return d_gates, d_cell_prev.to(cell_prev.dtype), d_bias, d_peephole
+    return d_gates, cast(d_cell_prev, cell_prev.dtype), d_bias, d_peephole
 
 
 def _cuda_out(*arguments: Any) -> None:
@@ -206,12 +214,14 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 def _gradients(ctx: Any, d_hidden: Tensor | None, d_cell: Tensor | None) -> tuple[Tensor | None, ...]:
     gates, _, addend, bias, peephole = ctx.saved_tensors
     d_gates, d_cell_prev, d_bias, d_peephole = _operator_backward(*ctx.saved_tensors, d_hidden, d_cell)
-    d_addend = None if addend is None else d_gates.to(addend.dtype)
+    d_addend = None if addend is None else cast(d_gates, addend.dtype)
     d_bias, d_peephole = None if bias is None else d_bias, None if peephole is None else d_peephole
-    return d_gates.to(gates.dtype), d_cell_prev, d_addend, d_bias, d_peephole
+    return cast(d_gates, gates.dtype), d_cell_prev, d_addend, d_bias, d_peephole
 
 
-_operator, _operator_backward = with_gradients(_library, "lstm_gates", _gradients, _setup_context)
+_operator, _operator_backward = with_gradients(
+    _library, "lstm_gates", _gradients, _setup_context, (_native, _native_backward)
+)
 
 # The door
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import io
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastris import backend
 from fastris.ops.conv2d_same import conv2d_same
@@ -67,3 +69,22 @@ def test_a_trace_can_be_saved(inputs: tuple[Tensor, ...]) -> None:
     torch.jit.save(traced, file)
     file.seek(0)
     assert torch.equal(torch.jit.load(file)(*inputs), called(*inputs))
+
+
+class _Recorder(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[Any] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.seen.append(func)
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_dispatch_mode_sees_the_operators(inputs: tuple[Tensor, ...]) -> None:
+    expected = torch.autograd.grad(called(*inputs).square().sum(), inputs)
+    with _Recorder() as mode:
+        found = torch.autograd.grad(called(*inputs).square().sum(), inputs)
+    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+    for name in ("conv2d_same", "conv2d_same_backward", "group_norm_relu", "group_norm_relu_backward"):
+        assert getattr(torch.ops.fastris, name).default in mode.seen
