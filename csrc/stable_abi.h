@@ -24,14 +24,9 @@ using torch::headeronly::Half;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// Contiguous, uninitialised. torch::stable::new_empty looks its operator up by name, which costs over 1 µs a tensor.
-inline Tensor empty_on(const Tensor& like, const std::vector<int64_t>& sizes, ScalarType type) {
-  std::vector<int64_t> strides(sizes.size());
-  int64_t stride = 1;
-  for (size_t dim = sizes.size(); dim-- > 0;) {
-    strides[dim] = stride;
-    stride *= sizes[dim] > 1 ? sizes[dim] : 1;
-  }
+// Uninitialised. torch::stable::new_empty looks its operator up by name, which costs over 1 µs a tensor.
+inline Tensor empty_strided_on(
+    const Tensor& like, const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides, ScalarType type) {
   int32_t device_type = 0, device_index = 0;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &device_index));
@@ -49,6 +44,25 @@ inline Tensor empty_on(const Tensor& like, const std::vector<int64_t>& sizes, Sc
   }
 #endif
   return Tensor(made);
+}
+
+// Contiguous, uninitialised.
+inline Tensor empty_on(const Tensor& like, const std::vector<int64_t>& sizes, ScalarType type) {
+  std::vector<int64_t> strides(sizes.size());
+  int64_t stride = 1;
+  for (size_t dim = sizes.size(); dim-- > 0;) {
+    strides[dim] = stride;
+    stride *= sizes[dim] > 1 ? sizes[dim] : 1;
+  }
+  return empty_strided_on(like, sizes, strides, type);
+}
+
+// (B, channels, H, W) for maps (B, ·, H, W): channels_last, uninitialised.
+inline Tensor empty_channels_last(const Tensor& maps, int64_t channels, ScalarType type) {
+  const int64_t B = maps.size(0), H = maps.size(2), W = maps.size(3);
+  const auto step = [](int64_t size) { return size > 1 ? size : 1; };
+  const int64_t column = step(channels), row = step(W) * column, image = step(H) * row;
+  return empty_strided_on(maps, {B, channels, H, W}, {image, 1, row, column}, type);
 }
 
 }  // namespace fastris

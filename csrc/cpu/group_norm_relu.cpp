@@ -232,10 +232,10 @@ Moments moments(const Maps& maps, const Sums& sums, int64_t image, int64_t first
   return {mean, count == 0 ? 0 : std::max(squares, 0.0) / count};
 }
 
-// y (B, H, W, C), and the mean and 1/σ of each image's groups (B, groups).
+// y, channels_last, and the mean and 1/σ of each image's groups (B, groups).
 std::tuple<Tensor, Tensor, Tensor> group_norm_relu(Tensor x, Tensor weight, Tensor bias, int64_t groups, double eps) {
   const Maps maps = checked(x, weight, bias, groups);
-  Tensor y = empty_on(x, {x.size(0), x.size(2), x.size(3), x.size(1)}, ScalarType::Float);
+  Tensor y = empty_channels_last(x, x.size(1), ScalarType::Float);
   Tensor mean = empty_on(x, {maps.batch, groups}, ScalarType::Float), rstd = empty_on(x, {maps.batch, groups}, ScalarType::Float);
   const Sums sums(maps, 3);
   run_parallel(MomentsKernel{maps, sums, 0, 0}, maps.tasks(), 4);
@@ -249,14 +249,14 @@ std::tuple<Tensor, Tensor, Tensor> group_norm_relu(Tensor x, Tensor weight, Tens
   return {y, mean, rstd};
 }
 
-// dx (B, H, W, C), and the gradients of weight and bias.
+// dx, channels_last, and the gradients of weight and bias.
 std::tuple<Tensor, Tensor, Tensor> group_norm_relu_backward(
     Tensor grad, Tensor x, Tensor weight, Tensor bias, Tensor mean, Tensor rstd, int64_t groups) {
   const Maps maps = checked(x, weight, bias, groups);
   FASTRIS_CHECK(
-      grad.dim() == 4 && grad.numel() == x.numel() && grad.size(1) == x.size(2) && grad.size(3) == x.size(1) &&
-          grad.scalar_type() == ScalarType::Float && grad.is_contiguous(),
-      "group_norm_relu: grad must be contiguous float32 (B,H,W,C)");
+      grad.dim() == 4 && grad.size(0) == x.size(0) && grad.size(1) == x.size(1) && grad.size(2) == x.size(2) &&
+          grad.size(3) == x.size(3) && grad.scalar_type() == ScalarType::Float && is_dense(grad, true),
+      "group_norm_relu: grad must be float32 and channels_last like x");
   for (const Tensor& one : {mean, rstd}) {
     FASTRIS_CHECK(
         one.dim() == 2 && one.size(0) == maps.batch && one.size(1) == groups &&
@@ -270,7 +270,7 @@ std::tuple<Tensor, Tensor, Tensor> group_norm_relu_backward(
   const Sums sums(maps, 2);
   run_parallel(GradientSumsKernel{gradients, sums, 0, 0}, maps.tasks(), 4);
 
-  Tensor d_x = empty_on(x, {x.size(0), x.size(2), x.size(3), C}, ScalarType::Float);
+  Tensor d_x = empty_channels_last(x, C, ScalarType::Float);
   Tensor d_weight = empty_on(x, {C}, ScalarType::Float), d_bias = empty_on(x, {C}, ScalarType::Float);
   std::vector<double> of_weight(static_cast<size_t>(C)), of_bias(static_cast<size_t>(C));
   const double count = std::max(1.0, static_cast<double>(maps.pixels * maps.in_group()));

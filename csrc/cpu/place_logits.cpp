@@ -189,7 +189,7 @@ Tensor place_logits(
   return logits;
 }
 
-// The gradients of hidden and base as (B,H,W,·), and of weight, last and last_bias.
+// The gradients of hidden and base, channels_last, and of weight, last and last_bias.
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> place_logits_backward(
     Tensor grad, Tensor hidden, Tensor base, std::optional<Tensor> found, Tensor weight, Tensor last, Tensor last_bias) {
   Call<Backward> call(hidden, base, found, weight, last, last_bias);
@@ -199,10 +199,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> place_logits_backward(
           grad.size(2) == hidden.size(3) && grad.scalar_type() == ScalarType::Float,
       "place_logits: grad must be float32 (B,H,W)");
   grad = torch::stable::contiguous(grad);
-  const int64_t B = hidden.size(0), H = hidden.size(2), W = hidden.size(3);
   const int64_t C = kernel.channels, N = kernel.inner, n = kernel.n(), m = padded(C);
-  Tensor d_hidden = empty_on(hidden, {B, H, W, C}, ScalarType::Float);
-  Tensor d_base = empty_on(hidden, {B, H, W, N}, ScalarType::Float);
+  Tensor d_hidden = empty_channels_last(hidden, C, ScalarType::Float);
+  Tensor d_base = empty_channels_last(hidden, N, ScalarType::Float);
   const Lanes<float> turned = new_zeros<float>(n * m);
   for (int64_t j = 0; j < N; ++j) {
     for (int64_t c = 0; c < C; ++c) turned[j * m + c] = kernel.weight[c * n + j];

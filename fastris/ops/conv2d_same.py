@@ -106,7 +106,7 @@ class SameConvolution:
         x = channels_last(x)
         if not self.by_winograd(x):
             return channels_last(reference.conv2d_same(x, self.channels_last, bias, self.dilation))
-        y = self.room(x, self.out) if room is None else room
+        y = empty_channels_last(x, self.out) if room is None else room
         bias = None if bias is None else bias.float().contiguous()
         transformed = self.for_results() if transformed is None else transformed
         torch.ops.fastris.winograd_convolve_out.default(x, transformed, bias, y)
@@ -124,7 +124,7 @@ class SameConvolution:
             d_x, d_weight = self._backward_by_torch(grad, x, need_x, need_weight)
             return channels_last(d_x[:, skip:]) if need_x and skip else d_x, d_weight
         batch, channels, height, width = x.shape
-        d_x = self.room(x, channels - skip if need_x else 0)
+        d_x = empty_channels_last(x, channels - skip if need_x else 0)
         if need_x:
             transformed = self.for_gradients(skip) if transformed is None else transformed
             torch.ops.fastris.winograd_convolve_out.default(grad, transformed, None, d_x)
@@ -156,16 +156,16 @@ class SameConvolution:
             d_x = d_x[..., top : top + height, left : left + width]
         return channels_last(d_x) if need_x else empty, d_weight if need_weight else empty
 
-    @staticmethod
-    def room(x: Tensor, channels: int) -> Tensor:
-        """Memory for (B, channels, H, W), channels_last."""
-        batch, _, height, width = x.shape
-        return x.new_empty(batch, height, width, channels).permute(0, 3, 1, 2)
-
 
 def channels_last(tensor: Tensor) -> Tensor:
     """(B, C, H, W) with the channels of a pixel side by side; the tensor itself where they are."""
     return tensor.contiguous(memory_format=torch.channels_last)
+
+
+def empty_channels_last(maps: Tensor, channels: int) -> Tensor:
+    """Memory for (B, channels, H, W), channels_last, of maps (B, ·, H, W)."""
+    batch, _, height, width = maps.shape
+    return maps.new_empty(batch, height, width, channels).permute(0, 3, 1, 2)
 
 
 # Kernels
@@ -204,7 +204,7 @@ _library.impl("conv2d_same_backward", _backward, "CompositeExplicitAutograd")
 
 
 def _fake(x: Tensor, weight: Tensor, *_: Any) -> Tensor:
-    return SameConvolution.room(x, weight.shape[0])
+    return empty_channels_last(x, weight.shape[0])
 
 
 def _fake_weight(weight: Tensor, turned: bool, side: int) -> Tensor:

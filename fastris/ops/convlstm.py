@@ -20,7 +20,7 @@ from torch import Tensor
 from fastris import backend, reference
 from fastris.ops.arguments import autocast_enabled, wrong
 from fastris.ops.autograd import with_gradients
-from fastris.ops.conv2d_same import SameConvolution, channels_last
+from fastris.ops.conv2d_same import SameConvolution, channels_last, empty_channels_last
 from fastris.ops.lstm_gates import compute_dtype, peephole_gradient
 
 RECOMPUTED = {"save": 0.0, "balanced": 0.4, "recompute": 1.0, "none": 1.0}
@@ -111,7 +111,7 @@ class _Layer:
         if moving is None:
             if self.hoisted.dtype == self.x.dtype:
                 return self.hoisted, None
-            return (self.of_x.room(self.x, 4 * self.channels) if room is None else room).zero_(), self.hoisted
+            return (empty_channels_last(self.x, 4 * self.channels) if room is None else room).zero_(), self.hoisted
         if self.constant:
             return self.of_h.forward(moving, None, room), self.hoisted
         return (self.of_x if previous is None else self.of_both).forward(moving, self.bias, room), None
@@ -219,7 +219,7 @@ class _Layer:
         d_peephole = self.x.new_zeros(3 * self.channels, dtype=compute)
         d_bias = self.x.new_zeros(4 * self.channels, dtype=compute)
         d_x = torch.empty_like(self.x) if need_x and not self.constant else self.x.new_empty(0)
-        room = SameConvolution.room(self.x if self.constant else self.x[0], 4 * self.channels) if self.steps else d_x
+        room = empty_channels_last(self.x if self.constant else self.x[0], 4 * self.channels) if self.steps else d_x
         d_sum = torch.zeros_like(self.hoisted, dtype=compute) if self.constant else None
         d_h = None if d_hidden is None else channels_last(d_hidden).clone()
         d_c = None if d_cell is None else channels_last(d_cell).clone()

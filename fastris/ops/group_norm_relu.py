@@ -14,9 +14,9 @@ from torch import Tensor
 from fastris import reference
 from fastris.ops.arguments import native_in_fp32
 from fastris.ops.autograd import with_gradients
-from fastris.ops.conv2d_same import channels_last
+from fastris.ops.conv2d_same import channels_last, empty_channels_last
 
-# Schema. Maps that come out, and grad, are (B, H, W, C); mean and rstd, one over the standard deviation, (B, groups).
+# Schema. Maps are channels_last, grad too; mean and rstd, one over the standard deviation, (B, groups).
 
 _library = torch.library.Library("fastris", "FRAGMENT")
 _library.define(
@@ -32,14 +32,14 @@ _library.define(
 
 
 def _fake(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float) -> tuple[Tensor, ...]:
-    batch, channels, height, width = x.shape
-    return x.new_empty(batch, height, width, channels), *(x.new_empty(batch, groups) for _ in range(2))
+    batch, channels = x.shape[:2]
+    return empty_channels_last(x, channels), *(x.new_empty(batch, groups) for _ in range(2))
 
 
 def _fake_backward(
     grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, rstd: Tensor, groups: int
 ) -> tuple[Tensor, ...]:
-    return torch.empty_like(grad), torch.empty_like(weight), torch.empty_like(bias)
+    return empty_channels_last(x, x.shape[1]), torch.empty_like(weight), torch.empty_like(bias)
 
 
 torch.library.register_fake("fastris::group_norm_relu", _fake, lib=_library)
@@ -56,8 +56,8 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 
 def _gradients(ctx: Any, grad: Tensor, *others: Any) -> tuple[Tensor | None, ...]:
-    d_x, d_weight, d_bias = _operator_backward(grad.contiguous(), *ctx.saved_tensors, ctx.groups)
-    return d_x.permute(0, 3, 1, 2), d_weight, d_bias, None, None
+    d_x, d_weight, d_bias = _operator_backward(channels_last(grad), *ctx.saved_tensors, ctx.groups)
+    return d_x, d_weight, d_bias, None, None
 
 
 _operator, _operator_backward = with_gradients(_library, "group_norm_relu", _gradients, _setup_context)
@@ -70,4 +70,4 @@ def group_norm_relu(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: f
     if not native_in_fp32("group_norm_relu", x, weight, bias):
         return reference.group_norm_relu(x, weight, bias, groups, eps)
     y, _, _ = _operator(channels_last(x), weight.contiguous(), bias.contiguous(), groups, eps)
-    return y.permute(0, 3, 1, 2)
+    return y

@@ -14,7 +14,7 @@ from torch import Tensor
 from fastris import reference
 from fastris.ops.arguments import native_in_fp32
 from fastris.ops.autograd import with_gradients
-from fastris.ops.conv2d_same import channels_last
+from fastris.ops.conv2d_same import channels_last, empty_channels_last
 
 # Schema. Gradients come for all but found, those of maps in channels_last.
 
@@ -27,7 +27,7 @@ _library.define(
     " Tensor last_bias) -> (Tensor d_hidden, Tensor d_base, Tensor d_weight, Tensor d_last, Tensor d_last_bias)"
 )
 
-# Fake kernels; csrc/ registers those of the CPU, whose gradients of maps are (B, H, W, channels)
+# Fake kernels; csrc/ registers those of the CPU
 
 
 def _fake(
@@ -45,7 +45,7 @@ def _fake_backward(
     last: Tensor,
     last_bias: Tensor,
 ) -> tuple[Tensor, ...]:
-    maps = (one.new_empty(one.shape[0], *one.shape[2:], one.shape[1]) for one in (hidden, base))
+    maps = (empty_channels_last(one, one.shape[1]) for one in (hidden, base))
     return (*maps, *(one.new_empty(one.shape) for one in (weight, last, last_bias)))
 
 
@@ -61,7 +61,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     d_hidden, d_base, *d_weights = _operator_backward(grad, *ctx.saved_tensors)
-    return d_hidden.permute(0, 3, 1, 2), d_base.permute(0, 3, 1, 2), None, *d_weights
+    return d_hidden, d_base, None, *d_weights
 
 
 _operator, _operator_backward = with_gradients(_library, "place_logits", _gradients, _setup_context)

@@ -178,7 +178,7 @@ def test_tiles_are_large_where_that_keeps_the_digits() -> None:
 def test_tiles_of_either_side_are_exact_but_for_rounding(side: int, turned: bool) -> None:
     x = torch.randn(2, 11, 13, 10).contiguous(memory_format=torch.channels_last)
     weight = torch.randn(11, 40, 3, 3) if turned else torch.randn(40, 11, 3, 3)
-    y = SameConvolution.room(x, 40)
+    y = empty_channels_last(x, 40)
     bias = torch.randn(40)
     torch.ops.fastris.winograd_convolve_out(x, torch.ops.fastris.winograd_weight(weight, turned, side), bias, y)
     as_convolved = weight.transpose(0, 1).flip(2, 3) if turned else weight

@@ -149,7 +149,7 @@ def test_opcheck_and_one_graph(shape: tuple[int, ...]) -> None:
     torch.library.opcheck(torch.ops.fastris.group_norm_relu.default, (*given, groups, 1e-5))
     plain = tuple(one.detach() for one in given)
     _, mean, rstd = torch.ops.fastris.group_norm_relu(*plain, groups, 1e-5)
-    grad = torch.randn(shape[0], *shape[2:4], shape[1])
+    grad = torch.randn(shape[:4]).contiguous(memory_format=torch.channels_last)
     torch.library.opcheck(torch.ops.fastris.group_norm_relu_backward.default, (grad, *plain, mean, rstd, groups))
     compiled = torch.compile(lambda *one: group_norm_relu(*one, groups).exp(), fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(*given), group_norm_relu(*given, groups).exp())
@@ -185,8 +185,9 @@ def test_the_kernel_checks_what_it_is_given(change: Any, message: str) -> None:
 def test_the_backward_checks_what_it_is_given() -> None:
     x, weight, bias = (one.detach() for one in arguments(SHAPES[0]))
     y, mean, rstd = torch.ops.fastris.group_norm_relu(x, weight, bias, 8, 1e-5)
-    with pytest.raises(RuntimeError, match=r"group_norm_relu: grad must be contiguous float32 \(B,H,W,C\)"):
-        torch.ops.fastris.group_norm_relu_backward(x, x, weight, bias, mean, rstd, 8)
+    for grad in (y[:1], y.contiguous(), y.double()):
+        with pytest.raises(RuntimeError, match="group_norm_relu: grad must be float32 and channels_last like x"):
+            torch.ops.fastris.group_norm_relu_backward(grad, x, weight, bias, mean, rstd, 8)
     with pytest.raises(RuntimeError, match="group_norm_relu: mean and rstd must be"):
         torch.ops.fastris.group_norm_relu_backward(y, x, weight, bias, mean[:1], rstd, 8)
 
