@@ -21,6 +21,7 @@ NATIVE_OPERATORS: dict[str, frozenset[str]] = {
     "dynamic_mask": frozenset({"cpu"}),
     "group_norm_relu": frozenset({"cpu"}),
     "image_masks": frozenset({"cpu"}),
+    "look": frozenset({"cpu"}),
     "permutohedral": frozenset({"cpu"}),
     "place_logits": frozenset({"cpu"}),
     "soft_iou": frozenset({"cpu", "cuda"}),

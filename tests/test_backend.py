@@ -92,6 +92,7 @@ def test_info_is_json_and_lists_every_operator() -> None:
         "dynamic_mask",
         "group_norm_relu",
         "image_masks",
+        "look",
         "lstm_gates",
         "permutohedral",
         "place_logits",

@@ -24,7 +24,7 @@ from fastris.nn.config import PLAIN
 
 DOCUMENT = Path(__file__).resolve().parent.parent / "docs" / "deployment.md"
 NATIVE = {"fastris.conv2d_same.default", "fastris.lstm_gates.default"}
-DYNAMIC = {"fastris.place_logits.default", "fastris.dynamic_mask.default"}
+DYNAMIC = {"fastris.place_logits.default", "fastris.look.default", "fastris.dynamic_mask.default"}
 TINY = {"feature_channels": 8, "backbone_channels": (8, 8, 8, 8), "hidden_channels": 8}
 MODELS = {
     "dynamic": {"layers": 2},

@@ -78,15 +78,6 @@ struct Image {
   }
 };
 
-// Steps over a row of pixels by whole vectors, and by single ones at its end.
-template <int Bytes, typename Step>
-FASTRIS_INLINE void for_row(int64_t W, const Step& step) {
-  constexpr int64_t lanes = VectorOf<float, Bytes>::lanes;
-  int64_t x = 0;
-  for (; x + lanes <= W; x += lanes) step(std::integral_constant<int, Bytes>(), x);
-  for (; x < W; ++x) step(std::integral_constant<int, 4>(), x);
-}
-
 struct Maps {
   int64_t B, channels, H, W;
   const float *detail, *filter, *centre, *middle;
@@ -112,7 +103,7 @@ struct Forward : Maps {
       const int64_t b = row / H, stop = std::min(end, (b + 1) * H);
       const Image<Middle> image = this->template image<Middle>(b);
       for (; row < stop; ++row) {
-        for_row<Bytes>(W, [&](auto bytes, int64_t x) FASTRIS_INLINE_LAMBDA {
+        for_each_once<Bytes>(W, [&](auto bytes, int64_t x) FASTRIS_INLINE_LAMBDA {
           using Real = Vector<float, bytes.value>;
           Real in[kMostInputs], inner[kWidth];
           image.template look<bytes.value>(row - b * H, x, in, inner);
@@ -163,7 +154,7 @@ struct Backward : Maps {
 
   template <int Bytes>
   FASTRIS_INLINE void add_row(const Image<Middle>& image, int64_t b, int64_t row, float* room) const {
-    for_row<Bytes>(W, [&](auto bytes, int64_t x) FASTRIS_INLINE_LAMBDA {
+    for_each_once<Bytes>(W, [&](auto bytes, int64_t x) FASTRIS_INLINE_LAMBDA {
       constexpr int width = bytes.value;
       using Real = Vector<float, width>;
       const Real zero = {};

@@ -150,18 +150,14 @@ struct Backward : Enlargement {
   template <int Bytes>
   FASTRIS_INLINE void add_row(
       const float* g, const float* m, const Between& between, float* above, float* below) const {
-    constexpr int64_t lanes = VectorOf<float, Bytes>::lanes;
-    const auto add = [&](auto bytes, int64_t x) FASTRIS_INLINE_LAMBDA {
+    for_each_once<Bytes>(W, [&](auto bytes, int64_t x) FASTRIS_INLINE_LAMBDA {
       using Real = Vector<float, bytes.value>;
       const Real mask = unaligned_at<bytes.value>(m + x), zero = {};
       const Real slope = unaligned_at<bytes.value>(g + x) * mask * (1.0f - mask);
       const Real d = mask == zero ? zero : slope;
       unaligned_at<bytes.value>(above + x) += d * (1.0f - between.weight_below);
       unaligned_at<bytes.value>(below + x) += d * between.weight_below;
-    };
-    int64_t x = 0;
-    for (; x + lanes <= W; x += lanes) add(std::integral_constant<int, Bytes>(), x);
-    for (; x < W; ++x) add(std::integral_constant<int, 4>(), x);
+    });
   }
 
   void add_to_cells(const float* from, float* cells) const {

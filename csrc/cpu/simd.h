@@ -102,6 +102,15 @@ FASTRIS_INLINE void for_channels(int64_t n, const Step& step) {
   if (n % lanes != 0) step(std::integral_constant<int, Bytes>(), n - lanes);
 }
 
+// Likewise, the last by single ones, so that none comes twice.
+template <int Bytes, typename Step>
+FASTRIS_INLINE void for_each_once(int64_t n, const Step& step) {
+  constexpr int64_t lanes = VectorOf<float, Bytes>::lanes;
+  int64_t i = 0;
+  for (; i + lanes <= n; i += lanes) step(std::integral_constant<int, Bytes>(), i);
+  for (; i < n; ++i) step(std::integral_constant<int, 4>(), i);
+}
+
 #if defined(__x86_64__)
 
 enum class SimdLevel { baseline, avx2, avx512 };

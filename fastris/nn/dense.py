@@ -39,6 +39,11 @@ class DenseHead(nn.Module):
         read = self.read(maps)
         return DenseMaps(read[:, 0], read[:, 1], read[:, 2:])
 
+    def offset_of(self, rows: Tensor) -> Tensor:
+        """The offset of some cells, (N, channels) → (N, 2)."""
+        assert self.read.bias is not None
+        return F.linear(rows, self.read.weight.flatten(1), self.read.bias)[:, 2:]
+
 
 def dense_targets(labels: Tensor, num_labels: int, unit: float) -> DenseMaps:
     """What the maps should show: of a label map (B, H, W), −1 = void, 0 = background, in every pixel.

@@ -14,8 +14,10 @@ from torch import Tensor, nn
 from fastris.nn.dense import DenseHead, DenseMaps
 from fastris.nn.pointwise import Pointwise
 from fastris.ops.dynamic_mask import dynamic_mask
+from fastris.ops.look import look
 from fastris.ops.place_logits import place_logits
 from fastris.reference.dynamic_mask import WIDTH, cell_centres, filter_size
+from fastris.reference.look import Look
 from fastris.reference.place_logits import cells
 
 
@@ -135,31 +137,15 @@ class DynamicMaskHead(nn.Module):
         found: Tensor | None = None,
         base: Tensor | None = None,
     ) -> Drawn:
-        batch, channels, rows, columns = hidden.shape
         base = self.place_base(features) if base is None else base
-        maps = self._place_logits(hidden, base, found if self.found_channels else None)
-        logits = maps.flatten(1)
-        log_place = F.log_softmax(logits.to(torch.promote_types(logits.dtype, torch.float32)), dim=1)
-        peak, chosen = logits.max(1, keepdim=True)
-        scale = detail.shape[2] // rows  # cells of the detail in one
-        if self.hard_place:
-            place = (torch.arange(logits.shape[1], device=logits.device) == chosen).to(log_place.dtype)
-            there = chosen.unsqueeze(2)  # [B, 1, 1]
-            seen = [cells(one).gather(1, there.expand(-1, -1, one.shape[1])) for one in (hidden, features)]
-            centre = (torch.cat([chosen % columns, chosen // columns], dim=1).to(log_place.dtype) + 0.5) * scale
-        else:
-            place = log_place.exp()
-            seen = [torch.bmm(place.unsqueeze(1).to(one.dtype), cells(one)) for one in (hidden, features)]
-            grid = cell_centres(rows, columns, log_place) * scale  # [2, hw]
-            centre = (place.unsqueeze(1) * grid).sum(2)  # a matrix product would be rounded under autocast
-        attended = torch.cat(seen, dim=2).squeeze(1)  # [B, C + F]
+        logits = self._place_logits(hidden, base, found if self.found_channels else None)
+        log_place, place, seen, attended, centre = (look if self.hard_place else _look_at_all)(logits, hidden, features)
+        scale = detail.shape[2] // hidden.shape[2]  # cells of the detail in one
         middle = None
         if self.dense_features is not None:
-            middle = self.dense_features(attended[:, channels:, None, None]).offset.flatten(1)  # [B, 2]
-            middle = middle.to(log_place.dtype)
-        mask_logits = dynamic_mask(detail, self.describe(attended), centre, middle, self.radius)
-        shape = batch, rows, columns
-        return Drawn(mask_logits, log_place.view(shape), place.view(shape), torch.cat([attended, peak], dim=1))
+            middle = self.dense_features.offset_of(seen[:, hidden.shape[1] :]).to(log_place.dtype)  # [B, 2]
+        mask_logits = dynamic_mask(detail, self.describe(seen), centre * scale, middle, self.radius)
+        return Drawn(mask_logits, log_place, place, attended)
 
     def _place_layers(self) -> tuple[Pointwise, Pointwise]:
         first, last = self.place[0], self.place[2]
@@ -171,6 +157,19 @@ class DynamicMaskHead(nn.Module):
         first, last = self._place_layers()
         assert last.bias is not None
         return place_logits(hidden, base, found, first.weight.flatten(1), last.weight.flatten(), last.bias)
+
+
+def _look_at_all(logits: Tensor, hidden: Tensor, features: Tensor) -> Look:
+    """Like :func:`~fastris.ops.look.look`, but with the mean of all cells by their probability."""
+    log_place = spatial_log_softmax(logits)
+    place = log_place.exp()
+    chances = place.flatten(1).unsqueeze(1)  # [B, 1, hw]
+    both = [torch.bmm(chances.to(one.dtype), cells(one)) for one in (hidden, features)]
+    seen = torch.cat(both, dim=2).squeeze(1)
+    grid = cell_centres(logits.shape[1], logits.shape[2], log_place)  # [2, hw]
+    centre = (chances * grid).sum(2)  # a matrix product would be rounded under autocast
+    peak = logits.flatten(1).max(1, keepdim=True).values
+    return Look(log_place, place, seen, torch.cat([seen, peak], dim=1), centre)
 
 
 class ConfidenceHead(nn.Module):

@@ -6,6 +6,7 @@ from fastris.reference.dense_crf import dense_crf
 from fastris.reference.dynamic_mask import dynamic_mask
 from fastris.reference.group_norm_relu import group_norm_relu
 from fastris.reference.image_masks import image_masks
+from fastris.reference.look import look
 from fastris.reference.lstm_gates import lstm_gates
 from fastris.reference.permutohedral import gaussian_sum, permutohedral_filter, permutohedral_lattice
 from fastris.reference.place_logits import place_logits
@@ -20,6 +21,7 @@ __all__ = [
     "gaussian_sum",
     "group_norm_relu",
     "image_masks",
+    "look",
     "lstm_gates",
     "permutohedral_filter",
     "permutohedral_lattice",

@@ -13,7 +13,13 @@ from torch import Tensor
 
 import fastris
 from fastris import backend, reference
-from fastris.ops.conv2d_same import WINOGRAD_DTYPES, RepeatedWeight, SameConvolution, conv2d_same
+from fastris.ops.conv2d_same import (
+    WINOGRAD_DTYPES,
+    RepeatedWeight,
+    SameConvolution,
+    conv2d_same,
+    empty_channels_last,
+)
 
 pytestmark = pytest.mark.skipif(backend.native_error() is not None, reason="fastris._C is not built")
 
@@ -199,7 +205,7 @@ def test_nothing_is_left_unwritten_and_the_bits_do_not_depend_on_the_threads(
     convolution = SameConvolution(torch.randn(out, 16, 3, 3))
 
     def run() -> tuple[Tensor, ...]:
-        y, d_x = (convolution.room(x, channels).fill_(float("nan")) for channels in (out, 16))
+        y, d_x = (empty_channels_last(x, channels).fill_(float("nan")) for channels in (out, 16))
         torch.ops.fastris.winograd_convolve_out(x, convolution.transformed(False, side), None, y)
         torch.ops.fastris.winograd_convolve_out(grad, convolution.transformed(True, side), None, d_x)
         return y, d_x, torch.ops.fastris.winograd_weight_gradient(x, grad, side)

@@ -19,6 +19,7 @@ from fastris.ops.conv2d_same import conv2d_same
 from fastris.ops.dynamic_mask import dynamic_mask
 from fastris.ops.group_norm_relu import group_norm_relu
 from fastris.ops.image_masks import image_masks
+from fastris.ops.look import look
 from fastris.ops.place_logits import place_logits
 
 pytestmark = pytest.mark.skipif(backend.native_error() is not None, reason="fastris._C is not built")
@@ -93,6 +94,16 @@ def place_inputs(batch: int) -> Inputs:
         "last": torch.randn(10, dtype=torch.float64) / 3,
         "last_bias": torch.randn(1, dtype=torch.float64),
     }
+
+
+def look_inputs(batch: int) -> Inputs:
+    names = {"logits": (), "hidden": (6,), "features": (10,)}
+    return {name: torch.randn(batch, *more, 9, 11, dtype=torch.float64) for name, more in names.items()}
+
+
+def looked(**inputs: Tensor) -> Results:
+    found = look(**inputs)
+    return found.log_place, found.seen, found.attended
 
 
 def mask_inputs(batch: int) -> Inputs:
@@ -200,6 +211,7 @@ OPERATORS = {
     "group_norm_relu": Operator(partial(group_norm_relu, groups=3), norm_inputs, (torch.float32,)),
     "place_logits": Operator(place_logits, place_inputs, (torch.float32,), frozenset({"found"})),
     "dynamic_mask": Operator(partial(dynamic_mask, radius=16.0), drawing_inputs, (torch.float32,)),
+    "look": Operator(looked, look_inputs, (torch.float32,)),
     "image_masks": Operator(partial(image_masks, stride=2, offset=1, size=(12, 17)), mask_inputs, (torch.float32,)),
     "match": Operator(partial(match, num_labels=6), partial(labelled, preds=8, targets=6), (torch.float32,)),
     "RISLoss, all": Operator(partial(ris_loss, "all"), loss_inputs, (torch.float32,)),

@@ -1,0 +1,47 @@
+"""How likely each cell of a map is, and what is in the most likely one."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastris.reference.place_logits import cells
+
+
+class Look(NamedTuple):
+    """Attributes:
+    log_place: (B, H, W) log-probabilities of the spatial softmax, in fp32 at least.
+    place: (B, H, W), 1 in the most likely cell, in the dtype of ``log_place``; no gradient.
+    seen: (B, C + F), the hidden state and the features in that cell.
+    attended: (B, C + F + 1), the same and the cell's logit.
+    centre: (B, 2), x and y of its middle in cells, in the dtype of ``log_place``; no gradient.
+    """
+
+    log_place: Tensor
+    place: Tensor
+    seen: Tensor
+    attended: Tensor
+    centre: Tensor
+
+
+def look(logits: Tensor, hidden: Tensor, features: Tensor) -> Look:
+    """Look at the most likely cell.
+
+    Args:
+        logits: (B, H, W).
+        hidden: (B, C, H, W).
+        features: (B, F, H, W).
+    """
+    flat, width = logits.flatten(1), logits.shape[2]
+    log_place = F.log_softmax(flat.to(torch.promote_types(flat.dtype, torch.float32)), dim=1)
+    peak, chosen = flat.max(1, keepdim=True)
+    place = (torch.arange(flat.shape[1], device=flat.device) == chosen).to(log_place.dtype)
+    there = chosen.unsqueeze(2)  # [B, 1, 1]
+    both = [cells(one).gather(1, there.expand(-1, -1, one.shape[1])) for one in (hidden, features)]
+    seen = torch.cat(both, dim=2).squeeze(1)
+    centre = torch.cat([chosen % width, chosen // width], dim=1).to(log_place.dtype) + 0.5
+    attended = torch.cat([seen, peak], dim=1)
+    return Look(log_place.view_as(logits), place.view_as(logits), seen, attended, centre)
