@@ -64,7 +64,8 @@ class Step(nn.Module):
         mask = F.interpolate(step.mask_logits.unsqueeze(1), scale_factor=float(self.model.stride), mode="bilinear")
         mask = mask[..., self.model.backbone.offset :, self.model.backbone.offset :]
         next_found = found.clone() if memory.found is None else memory.found
-        return step.score_logits.sigmoid(), mask.squeeze(1).sigmoid(), hidden, cell, next_found
+        score = self.model.confidence_head.judge(step.evidence).sigmoid()
+        return score, mask.squeeze(1).sigmoid(), hidden, cell, next_found
 
 
 def export_features(model: RecurrentInstanceSegmenter, size: tuple[int, int] | None = None) -> ExportedProgram:

@@ -24,7 +24,7 @@ from fastris.nn.config import PLAIN
 
 DOCUMENT = Path(__file__).resolve().parent.parent / "docs" / "deployment.md"
 NATIVE = {"fastris.conv2d_same.default", "fastris.lstm_gates.default"}
-DYNAMIC = {"fastris.place_logits.default", "fastris.look.default", "fastris.dynamic_mask.default"}
+DYNAMIC = {"fastris.place_logits.default", "fastris.dynamic_mask.default"}
 TINY = {"feature_channels": 8, "backbone_channels": (8, 8, 8, 8), "hidden_channels": 8}
 MODELS = {
     "dynamic": {"layers": 2},
@@ -63,7 +63,9 @@ def test_programs_compute_what_the_model_does_for_any_batch_and_size(name, backe
     model = tiny(**MODELS[name])
     with fastris.use_backend(backend), torch.no_grad():
         features, step = export_features(model), export_step(model)
-        expected = NATIVE | (DYNAMIC if model.config.mask_head == "dynamic" else set())
+        expected = NATIVE
+        if model.config.mask_head == "dynamic":
+            expected = NATIVE | DYNAMIC | ({"fastris.look.default"} if model.config.hard_place else set())
         expected |= {"fastris.group_norm_relu.default"} if model.config.backbone == "small" else set()
         assert operators(features) | operators(step) == (expected if backend == "native" else set())
         run_features, run_step = features.module(), step.module()

@@ -5,6 +5,7 @@ B = batch, C = hidden channels, h × w = recurrent map.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -172,6 +173,19 @@ def _look_at_all(logits: Tensor, hidden: Tensor, features: Tensor) -> Look:
     return Look(log_place, place, seen, torch.cat([seen, peak], dim=1), centre)
 
 
+class Evidence(NamedTuple):
+    """What a :class:`ConfidenceHead` judges by, (N, ·) each: the (pooled) state and, if it reads it, what was seen."""
+
+    pooled: Tensor
+    attended: Tensor | None
+
+
+def join(several: Sequence[Evidence]) -> Evidence:
+    """The rows of all, in their order."""
+    pooled, attended = zip(*several, strict=True)
+    return Evidence(torch.cat(pooled), None if attended[0] is None else torch.cat(attended))
+
+
 class ConfidenceHead(nn.Module):
     """The chance that step t found an object: one linear layer over the (pooled) recurrent state.
 
@@ -203,10 +217,17 @@ class ConfidenceHead(nn.Module):
             self.attend = nn.Sequential(nn.Linear(attended_channels, 32), nn.ReLU(inplace=True), nn.Linear(32, 1))
 
     def forward(self, hidden: Tensor, attended: Tensor | None = None) -> Tensor:
+        return self.judge(self.evidence(hidden, attended))
+
+    def evidence(self, hidden: Tensor, attended: Tensor | None = None) -> Evidence:
         pooled = grid_max(hidden, self.pool) if self.pool else hidden
-        logits = self.linear(pooled.flatten(1))
+        return Evidence(pooled.flatten(1), None if self.attend is None else attended)
+
+    def judge(self, evidence: Evidence) -> Tensor:
+        """(N,) logits, of one step or of several together."""
+        logits = self.linear(evidence.pooled)
         if self.attend is not None:
-            logits = logits + self.attend(attended)
+            logits = logits + self.attend(evidence.attended)
         return logits.squeeze(1)
 
 

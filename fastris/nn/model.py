@@ -21,7 +21,7 @@ from fastris.nn.config import ModelConfig
 from fastris.nn.convlstm import ConvLSTMCell, State
 from fastris.nn.dense import DenseMaps
 from fastris.nn.fcn8s import FCN8s
-from fastris.nn.heads import ConfidenceHead, DynamicMaskHead, SpatialInhibition
+from fastris.nn.heads import ConfidenceHead, DynamicMaskHead, Evidence, SpatialInhibition, join
 from fastris.ops.conv2d_same import RepeatedWeight, conv2d_same
 from fastris.ops.lstm_gates import lstm_gates
 from fastris.reference.image_masks import at_pixels
@@ -87,8 +87,8 @@ class Trace(NamedTuple):
 
 class _Step(NamedTuple):
     mask_logits: Tensor
-    score_logits: Tensor
     log_place: Tensor
+    evidence: Evidence
 
 
 class _Memory(NamedTuple):
@@ -167,7 +167,9 @@ class RecurrentInstanceSegmenter(nn.Module):
         for _ in range(steps):
             result, memory = self._step(context, memory, weights)
             results.append(result)
-        masks, scores, places = (torch.stack(parts, dim=1) for parts in zip(*results, strict=True))
+        masks = torch.stack([one.mask_logits for one in results], dim=1)
+        places = torch.stack([one.log_place for one in results], dim=1)
+        scores = self.confidence_head.judge(join([one.evidence for one in results])).view(steps, -1).t()
         offset, place_stride = self.backbone.offset, self.backbone.stride
         bottom, right = height + offset, width + offset
         fine = ..., slice(-(-bottom // self.stride)), slice(-(-right // self.stride))
@@ -263,7 +265,7 @@ class RecurrentInstanceSegmenter(nn.Module):
             found = torch.stack([mask, place.detach()], dim=3).permute(0, 3, 1, 2).to(hidden.dtype)
             if memory.found is not None:
                 found = torch.maximum(memory.found, found)
-        return _Step(mask_logits, self.confidence_head(hidden, attended), log_place), _Memory(states, found)
+        return _Step(mask_logits, log_place, self.confidence_head.evidence(hidden, attended)), _Memory(states, found)
 
     @torch.inference_mode()
     def predict(
@@ -355,7 +357,7 @@ class RecurrentInstanceSegmenter(nn.Module):
         while going and len(scores) < (max_steps or self.config.max_steps):
             step, memory = self._step(context, memory, weights)
             masks.append(self._masks(step.mask_logits, (height, width), (full_height, full_width), mask_threshold)[0])
-            scores.append(step.score_logits[0].float().sigmoid().cpu())
+            scores.append(self.confidence_head.judge(step.evidence)[0].float().sigmoid().cpu())
             places.append(step.log_place[0].float().cpu())
             going = bool(scores[-1] >= threshold)
         drawn, confidence = torch.stack(masks), torch.stack(scores)
@@ -443,7 +445,7 @@ class RecurrentInstanceSegmenter(nn.Module):
         found: list[list[tuple[Tensor, Tensor]]] = [[] for _ in range(images.shape[0])]
         for _ in range(limit):
             step, memory = self._step(context, memory, weights)
-            scores = step.score_logits.float().sigmoid().cpu()
+            scores = self.confidence_head.judge(step.evidence).float().sigmoid().cpu()
             going = scores >= threshold
             chosen = going.nonzero().squeeze(1)
             if chosen.numel() == 0:

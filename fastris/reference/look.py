@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastris.reference.dynamic_mask import cell_centres
 from fastris.reference.place_logits import cells
 
 
@@ -35,13 +36,13 @@ def look(logits: Tensor, hidden: Tensor, features: Tensor) -> Look:
         hidden: (B, C, H, W).
         features: (B, F, H, W).
     """
-    flat, width = logits.flatten(1), logits.shape[2]
+    flat = logits.flatten(1)
     log_place = F.log_softmax(flat.to(torch.promote_types(flat.dtype, torch.float32)), dim=1)
     peak, chosen = flat.max(1, keepdim=True)
     place = (torch.arange(flat.shape[1], device=flat.device) == chosen).to(log_place.dtype)
     there = chosen.unsqueeze(2)  # [B, 1, 1]
     both = [cells(one).gather(1, there.expand(-1, -1, one.shape[1])) for one in (hidden, features)]
     seen = torch.cat(both, dim=2).squeeze(1)
-    centre = torch.cat([chosen % width, chosen // width], dim=1).to(log_place.dtype) + 0.5
+    centre = cell_centres(logits.shape[1], logits.shape[2], log_place)[:, chosen.squeeze(1)].t()
     attended = torch.cat([seen, peak], dim=1)
     return Look(log_place.view_as(logits), place.view_as(logits), seen, attended, centre)

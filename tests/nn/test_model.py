@@ -233,7 +233,7 @@ def test_every_parameter_learns(model):
 def set_confidence(model, per_step):
     """Make the confidence head answer the given logits, one a step."""
     answers = iter(per_step)
-    model.confidence_head.forward = lambda hidden, attended: torch.as_tensor(next(answers), dtype=hidden.dtype)
+    model.confidence_head.judge = lambda evidence: torch.as_tensor(next(answers), dtype=evidence.pooled.dtype)
 
 
 def test_each_image_of_a_batch_stops_at_its_own_first_doubt(model):
@@ -305,7 +305,7 @@ def test_a_trace_is_what_predict_did_and_the_step_that_stopped_it(model, max_sid
     assert trace.cell == pytest.approx((4 * 40 / looked_at[0], 4 * 50 / looked_at[1]))
     assert trace.log_place.shape == (4, -(-looked_at[0] // 4), -(-looked_at[1] // 4))
     if looked_at == (40, 50):
-        set_confidence(model, [[0.0]] * 4)
+        set_confidence(model, [[0.0] * 4])  # of all steps together
         np.testing.assert_allclose(trace.log_place, model(image[None], 4).log_place[0].detach(), rtol=1e-5)
 
 
