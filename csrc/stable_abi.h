@@ -57,12 +57,11 @@ inline Tensor empty_on(const Tensor& like, const std::vector<int64_t>& sizes, Sc
   return empty_strided_on(like, sizes, strides, type);
 }
 
-// (B, channels, H, W) for maps (B, ·, H, W): channels_last, uninitialised.
-inline Tensor empty_channels_last(const Tensor& maps, int64_t channels, ScalarType type) {
-  const int64_t B = maps.size(0), H = maps.size(2), W = maps.size(3);
+// (B, C, H, W) in channels_last, uninitialised.
+inline Tensor empty_channels_last(const Tensor& like, int64_t B, int64_t C, int64_t H, int64_t W, ScalarType type) {
   const auto step = [](int64_t size) { return size > 1 ? size : 1; };
-  const int64_t column = step(channels), row = step(W) * column, image = step(H) * row;
-  return empty_strided_on(maps, {B, channels, H, W}, {image, 1, row, column}, type);
+  const int64_t column = step(C), row = step(W) * column, image = step(H) * row;
+  return empty_strided_on(like, {B, C, H, W}, {image, 1, row, column}, type);
 }
 
 }  // namespace fastris

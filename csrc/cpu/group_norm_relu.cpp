@@ -235,7 +235,7 @@ Moments moments(const Maps& maps, const Sums& sums, int64_t image, int64_t first
 // y, channels_last, and the mean and 1/σ of each image's groups (B, groups).
 std::tuple<Tensor, Tensor, Tensor> group_norm_relu(Tensor x, Tensor weight, Tensor bias, int64_t groups, double eps) {
   const Maps maps = checked(x, weight, bias, groups);
-  Tensor y = empty_channels_last(x, x.size(1), ScalarType::Float);
+  Tensor y = empty_channels_last(x, x.size(0), x.size(1), x.size(2), x.size(3), ScalarType::Float);
   Tensor mean = empty_on(x, {maps.batch, groups}, ScalarType::Float), rstd = empty_on(x, {maps.batch, groups}, ScalarType::Float);
   const Sums sums(maps, 3);
   run_parallel(MomentsKernel{maps, sums, 0, 0}, maps.tasks(), 4);
@@ -270,7 +270,7 @@ std::tuple<Tensor, Tensor, Tensor> group_norm_relu_backward(
   const Sums sums(maps, 2);
   run_parallel(GradientSumsKernel{gradients, sums, 0, 0}, maps.tasks(), 4);
 
-  Tensor d_x = empty_channels_last(x, C, ScalarType::Float);
+  Tensor d_x = empty_channels_last(x, x.size(0), C, x.size(2), x.size(3), ScalarType::Float);
   Tensor d_weight = empty_on(x, {C}, ScalarType::Float), d_bias = empty_on(x, {C}, ScalarType::Float);
   std::vector<double> of_weight(static_cast<size_t>(C)), of_bias(static_cast<size_t>(C));
   const double count = std::max(1.0, static_cast<double>(maps.pixels * maps.in_group()));

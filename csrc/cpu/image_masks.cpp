@@ -11,10 +11,13 @@
 
 #include <algorithm>
 #include <cstring>
+#include <utility>
 #include <vector>
 
 namespace fastris {
 namespace {
+
+constexpr int64_t kMostStride = 65536;
 
 struct Enlargement {
   int64_t maps, together;  // of an image
@@ -74,7 +77,7 @@ class TwoRows {
 
 struct Forward : Enlargement {
   const float* logits;  // [maps][h][w]
-  const bool* void_pixels;  // [images][H][W], or nullptr
+  const uint8_t* void_pixels;  // [images][H][W], or nullptr
   float* masks;  // [maps][H][W]
 
   template <int Bytes>
@@ -110,20 +113,20 @@ struct Forward : Enlargement {
   }
 
   // By stretches, of which most have no void pixel.
-  void clear(const bool* is_void, float* row) const {
+  void clear(const uint8_t* is_void, float* row) const {
     constexpr int64_t stretch = sizeof(uint64_t);
     for (int64_t x = 0; x < W; x += stretch) {
       uint64_t any = 1;
       if (x + stretch <= W) std::memcpy(&any, is_void + x, stretch);
       if (any == 0) continue;
       for (int64_t i = x; i < std::min(W, x + stretch); ++i) {
-        if (is_void[i]) row[i] = 0.0f;
+        if (is_void[i] != 0) row[i] = 0.0f;
       }
     }
   }
 };
 
-// A sigmoid is never 0 here, so that a mask is 0 where it is void.
+// A sigmoid is never 0 here, so that a mask is 0 only where it is void.
 struct Backward : Enlargement {
   const float *grad, *masks;  // [maps][H][W]
   float* d_logits;  // [maps][h][w], zeros at first
@@ -179,15 +182,17 @@ bool is_contiguous_maps(const Tensor& tensor) {
 
 Enlargement enlargement(
     const Tensor& like, int64_t h, int64_t w, int64_t H, int64_t W, int64_t stride, int64_t offset) {
-  FASTRIS_CHECK(stride > 0 && offset >= 0, "image_masks: stride must be positive and offset not negative");
   FASTRIS_CHECK(
-      H >= 0 && W >= 0 && offset + H <= h * stride && offset + W <= w * stride,
+      stride > 0 && stride <= kMostStride && offset >= 0,
+      "image_masks: stride must be positive, at most ", kMostStride, ", and offset not negative");
+  FASTRIS_CHECK(
+      H >= 0 && W >= 0 && H <= h * stride && W <= w * stride && offset <= std::min(h * stride - H, w * stride - W),
       "image_masks: the maps must cover the image");
   std::vector<float> after(static_cast<size_t>(stride));
   for (int64_t k = 0; k < stride; ++k) {
     after[k] = static_cast<float>(2 * (stride / 2 + k) + 1 - stride) / static_cast<float>(2 * stride);
   }
-  return {like.size(0) * like.size(1), like.size(1), h, w, H, W, stride, offset, after};
+  return {like.size(0) * like.size(1), like.size(1), h, w, H, W, stride, offset, std::move(after)};
 }
 
 Tensor image_masks(
@@ -202,7 +207,7 @@ Tensor image_masks(
   const Enlargement all = enlargement(logits, logits.size(2), logits.size(3), height, width, stride, offset);
   Tensor masks = empty_on(logits, {B, T, height, width}, ScalarType::Float);
   const Forward kernel{
-      all, data(logits), void_pixels ? data<bool>(*void_pixels) : nullptr, mutable_data(masks)};
+      all, data(logits), void_pixels ? data<uint8_t>(*void_pixels) : nullptr, mutable_data(masks)};
   if (masks.numel() > 0) run_parallel(kernel, all.maps, 1);
   return masks;
 }

@@ -141,9 +141,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> look(Tensor logits, T
   check(hidden, "hidden");
   check(features, "features");
   const int64_t both = hidden.size(1) + features.size(1);
-  Tensor log_place = empty_on(logits, {B, H, W}, ScalarType::Float), place = empty_on(logits, {B, H, W}, ScalarType::Float);
-  Tensor seen = empty_on(logits, {B, both}, ScalarType::Float), attended = empty_on(logits, {B, both + 1}, ScalarType::Float);
-  Tensor centre = empty_on(logits, {B, 2}, ScalarType::Float), chosen = empty_on(logits, {B}, ScalarType::Long);
+  const auto empty = [&](const std::vector<int64_t>& sizes) { return empty_on(logits, sizes, ScalarType::Float); };
+  Tensor log_place = empty({B, H, W}), place = empty({B, H, W});
+  Tensor seen = empty({B, both}), attended = empty({B, both + 1}), centre = empty({B, 2});
+  Tensor chosen = empty_on(logits, {B}, ScalarType::Long);
   const Forward kernel{
       H * W,
       data(logits),
@@ -182,15 +183,14 @@ std::tuple<Tensor, Tensor, Tensor> look_backward(
   }
   const auto checked = [&](std::optional<Tensor>& d, int64_t numel, const char* name) -> const float* {
     if (!d) return nullptr;
-    FASTRIS_CHECK(d->scalar_type() == ScalarType::Float && d->numel() == numel, "look: ", name, " must be float32 like its result");
+    FASTRIS_CHECK(
+        d->scalar_type() == ScalarType::Float && d->numel() == numel, "look: ", name, " must be float32 like its result");
     d = torch::stable::contiguous(*d);
     return data(*d);
   };
   Tensor d_logits = empty_on(log_place, {B, H, W}, ScalarType::Float);
-  Tensor d_hidden = empty_strided_on(
-      log_place, {B, channels, H, W}, {H * W * channels, 1, W * channels, channels}, ScalarType::Float);
-  Tensor d_features =
-      empty_strided_on(log_place, {B, others, H, W}, {H * W * others, 1, W * others, others}, ScalarType::Float);
+  Tensor d_hidden = empty_channels_last(log_place, B, channels, H, W, ScalarType::Float);
+  Tensor d_features = empty_channels_last(log_place, B, others, H, W, ScalarType::Float);
   const Backward kernel{
       H * W,
       channels,

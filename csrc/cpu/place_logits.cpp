@@ -199,9 +199,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> place_logits_backward(
           grad.size(2) == hidden.size(3) && grad.scalar_type() == ScalarType::Float,
       "place_logits: grad must be float32 (B,H,W)");
   grad = torch::stable::contiguous(grad);
+  const int64_t B = hidden.size(0), H = hidden.size(2), W = hidden.size(3);
   const int64_t C = kernel.channels, N = kernel.inner, n = kernel.n(), m = padded(C);
-  Tensor d_hidden = empty_channels_last(hidden, C, ScalarType::Float);
-  Tensor d_base = empty_channels_last(hidden, N, ScalarType::Float);
+  Tensor d_hidden = empty_channels_last(hidden, B, C, H, W, ScalarType::Float);
+  Tensor d_base = empty_channels_last(hidden, B, N, H, W, ScalarType::Float);
   const Lanes<float> turned = new_zeros<float>(n * m);
   for (int64_t j = 0; j < N; ++j) {
     for (int64_t c = 0; c < C; ++c) turned[j * m + c] = kernel.weight[c * n + j];

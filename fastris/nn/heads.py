@@ -196,7 +196,8 @@ class ConfidenceHead(nn.Module):
         bias: start value of the bias; the released code uses 10, so that it goes on at first.
         attended_channels: of what the step looked at, which two further layers read; 0 to do without, as the paper.
 
-    ``forward((B, C, h, w), (B, attended_channels) or None)`` gives logits (B,); the confidence is their sigmoid.
+    ``forward((B, C, h, w), (B, attended_channels) or None)`` gives logits (B,); the confidence is their sigmoid. It is
+    ``judge`` of the ``evidence``, which several steps may join.
     """
 
     def __init__(

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from fastris.nn.dense import DenseMaps, dense_loss, dense_targets
 from fastris.nn.heads import DynamicMaskHead
 from fastris.nn.model import RISOutput
+from fastris.ops.arguments import describe
 from fastris.ops.assignment import assignment
 from fastris.ops.image_masks import image_masks
 from fastris.ops.soft_iou import check_pred_and_target, soft_iou
@@ -151,6 +152,7 @@ class RISLoss(nn.Module):
             raise ValueError(
                 f"RISLoss: counts must be {expected}, got {counts.dtype} {tuple(counts.shape)} on {counts.device}"
             )
+        self._check_target(output, target)
         if target.dim() == 4:
             num_labels = target.shape[1]
         elif num_labels is None:
@@ -185,6 +187,16 @@ class RISLoss(nn.Module):
             dense = _dense_term(output, target, num_labels)
         total = mask + self.confidence_weight * confidence + self.place_weight * place + self.dense_weight * dense
         return LossTerms(total, mask, confidence, place, dense)
+
+    def _check_target(self, output: RISOutput, target: Tensor) -> None:
+        logits = output.mask_logits
+        height, width = (side * output.stride - output.offset for side in logits.shape[-2:])
+        fits = target.dim() in (3, 4) and target.shape[0] == logits.shape[0] and target.device == logits.device
+        if fits and self.resolution == "image":
+            fits = target.shape[-2] <= height and target.shape[-1] <= width
+        if not fits:
+            expected = f"of {logits.shape[0]} images of at most {height}×{width} pixels on {logits.device} like output"
+            raise ValueError(f"RISLoss: target must be {expected}, got {describe(target)} on {target.device}")
 
 
 def _dense_term(output: RISOutput, target: Tensor, num_labels: int) -> Tensor:

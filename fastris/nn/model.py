@@ -169,7 +169,7 @@ class RecurrentInstanceSegmenter(nn.Module):
             results.append(result)
         masks = torch.stack([one.mask_logits for one in results], dim=1)
         places = torch.stack([one.log_place for one in results], dim=1)
-        scores = self.confidence_head.judge(join([one.evidence for one in results])).view(steps, -1).t()
+        scores = self.confidence_head.judge(join([one.evidence for one in results])).view(steps, -1).t().contiguous()
         offset, place_stride = self.backbone.offset, self.backbone.stride
         bottom, right = height + offset, width + offset
         fine = ..., slice(-(-bottom // self.stride)), slice(-(-right // self.stride))

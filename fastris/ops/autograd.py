@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 
 Call = Callable[..., Any]
+
+_PLAIN = torch.Tensor, torch.nn.Parameter
 
 
 def with_gradients(
@@ -19,13 +21,13 @@ def with_gradients(
 ) -> tuple[Call, Call]:
     """Register the gradients of ``torch.ops.fastris.<name>``; its ``<name>_backward`` has none and says so.
 
-    ``kernels`` are those of the two where they are functions of Python, the same on every device that the returned
-    functions are called for.
+    ``kernels`` are those of the two where they are functions of Python, on whatever device.
 
     Returns:
-        The two as functions of positional arguments. Compiled, exported, traced and under ``torch.vmap`` they are the
-        operators; in eager PyTorch they leave out the dispatcher's way through Python, which takes as long as a small
-        operator. They are not for an operator that returns a list.
+        The two as functions of positional arguments. Compiled, exported, traced, under ``torch.vmap`` or a dispatch
+        mode, and of subclasses of tensors they are the operators; in eager PyTorch they leave out the dispatcher's way
+        through Python, which takes as long as a small operator, and with ``kernels`` the operator itself, which a
+        profile then does not list. They are not for an operator that returns a list.
     """
 
     def no_second_gradients(ctx: Any, *grads: Any) -> None:
@@ -44,9 +46,9 @@ def _called(name: str, kernel: Call | None, gradients: Call, setup_context: Call
     operator = getattr(torch.ops.fastris, name).default
 
     def below_autograd(*arguments: Any) -> Any:
-        watched = kernel is None or torch._C._len_torch_dispatch_stack() > 0
+        run = operator if kernel is None or not plain(arguments) else kernel
         with torch._C._AutoDispatchBelowAutograd():
-            return operator(*arguments) if watched else kernel(*arguments)  # type: ignore[misc]
+            return run(*arguments)
 
     def forward(ctx: Any, *arguments: Any) -> Any:
         output = below_autograd(*arguments)
@@ -73,6 +75,14 @@ def _called(name: str, kernel: Call | None, gradients: Call, setup_context: Call
         return (function if interpreter is None else for_functional).apply(*arguments)
 
     return call
+
+
+def plain(arguments: Iterable[Any]) -> bool:
+    """Whether nobody but the kernel has a say in what an operator does with these: no mode, subclass or batching."""
+    return torch._C._len_torch_dispatch_stack() == 0 and not any(
+        isinstance(one, torch.Tensor) and (type(one) not in _PLAIN or torch._C._functorch.is_legacy_batchedtensor(one))
+        for one in arguments
+    )
 
 
 def eager() -> bool:

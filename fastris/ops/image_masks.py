@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fastris import reference
-from fastris.ops.arguments import native_in_fp32
+from fastris.ops.arguments import describe, native_in_fp32
 from fastris.ops.autograd import with_gradients
 
 # Schema. The gradient is that of the logits, from the masks that came out.
@@ -61,8 +61,19 @@ _operator, _operator_backward = with_gradients(_library, "image_masks", _gradien
 
 
 def image_masks(logits: Tensor, stride: int, offset: int, size: tuple[int, int], void: Tensor | None = None) -> Tensor:
-    """Masks in every pixel of an image; shapes and results as in :func:`fastris.reference.image_masks`."""
-    if not native_in_fp32("image_masks", logits):
+    """Masks in every pixel of an image; shapes and results as in :func:`fastris.reference.image_masks`.
+
+    Raises:
+        ValueError: maps that do not cover the image, or void pixels of another one.
+    """
+    (batch, _, *cells), (height, width) = logits.shape, size
+    if offset + height > cells[0] * stride or offset + width > cells[1] * stride:
+        raise ValueError(
+            f"image_masks: logits must cover {size} pixels from {offset} on, {stride} a cell, got {describe(logits)}"
+        )
+    if void is not None and tuple(void.shape) != (batch, height, width):
+        raise ValueError(f"image_masks: void must be ({batch},{height},{width}), got {describe(void)}")
+    if stride == 1 or not native_in_fp32("image_masks", logits):
         return reference.image_masks(logits, stride, offset, size, void)
     void = None if void is None else void.contiguous()
     return _operator(logits.contiguous(), void, stride, offset, *size)

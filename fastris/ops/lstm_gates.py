@@ -91,9 +91,11 @@ class _Arguments:
         return torch.empty_like(self.cell_prev, dtype=dtype, memory_format=self.layout)
 
 
-def _native(
+def _forward(
     gates: Tensor, cell_prev: Tensor, addend: Tensor | None, bias: Tensor | None, peephole: Tensor | None
 ) -> tuple[Tensor, Tensor]:
+    if not backend.has_native("lstm_gates", gates.device.type):
+        return reference.lstm_gates(gates, cell_prev, addend, bias, peephole)
     arguments = _Arguments(gates, cell_prev, addend, bias, peephole)
     hidden = arguments.state(arguments.gates.dtype)
     cell = arguments.state(arguments.cell_prev.dtype)
@@ -101,7 +103,7 @@ def _native(
     return cast(hidden, gates.dtype), cast(cell, cell_prev.dtype)
 
 
-def _native_backward(
+def _backward(
     gates: Tensor,
     cell_prev: Tensor,
     addend: Tensor | None,
@@ -110,6 +112,8 @@ def _native_backward(
     d_hidden: Tensor | None,
     d_cell: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    if not backend.has_native("lstm_gates", gates.device.type):
+        return lstm_gates_backward(gates, cell_prev, addend, bias, peephole, d_hidden, d_cell)
     arguments = _Arguments(gates, cell_prev, addend, bias, peephole)
     if d_hidden is not None:
         d_hidden = arguments.dense(d_hidden, arguments.gates.dtype)
@@ -149,14 +153,9 @@ def _cuda_backward_out(*arguments: Any) -> None:
     lstm_gates_triton.lstm_gates_backward_out(*arguments)
 
 
-_library.impl("lstm_gates", reference.lstm_gates, "CompositeExplicitAutograd")
-_library.impl("lstm_gates_backward", lstm_gates_backward, "CompositeExplicitAutograd")
-if backend.has_native("lstm_gates", "cpu"):
-    _library.impl("lstm_gates", _native, "CPU")
-    _library.impl("lstm_gates_backward", _native_backward, "CPU")
+_library.impl("lstm_gates", _forward, "CompositeExplicitAutograd")
+_library.impl("lstm_gates_backward", _backward, "CompositeExplicitAutograd")
 if backend.TRITON_FOUND:
-    _library.impl("lstm_gates", _native, "CUDA")
-    _library.impl("lstm_gates_backward", _native_backward, "CUDA")
     _library.impl("lstm_gates_out", _cuda_out, "CUDA")
     _library.impl("lstm_gates_backward_out", _cuda_backward_out, "CUDA")
 
@@ -220,7 +219,7 @@ def _gradients(ctx: Any, d_hidden: Tensor | None, d_cell: Tensor | None) -> tupl
 
 
 _operator, _operator_backward = with_gradients(
-    _library, "lstm_gates", _gradients, _setup_context, (_native, _native_backward)
+    _library, "lstm_gates", _gradients, _setup_context, (_forward, _backward)
 )
 
 # The door

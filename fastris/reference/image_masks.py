@@ -35,5 +35,5 @@ def at_pixels(maps: Tensor, stride: int, offset: int, size: tuple[int, int]) -> 
         (B, C, H, W).
     """
     height, width = size
-    grown = F.interpolate(maps, scale_factor=stride, mode="bilinear")
+    grown = maps if stride == 1 else F.interpolate(maps, scale_factor=stride, mode="bilinear")
     return grown[..., offset : offset + height, offset : offset + width]

@@ -25,7 +25,7 @@ def place_logits(
     channels = hidden.shape[1]
     inner = cells(base) + F.linear(cells(hidden), weight[:, :channels])
     if found is not None:
-        inner = inner + F.linear(cells(found.detach()), weight[:, -found.shape[1] :])
+        inner = inner + F.linear(cells(found.detach()), weight[:, weight.shape[1] - found.shape[1] :])
     return F.linear(inner.relu(), last.unsqueeze(0), last_bias).view(hidden.shape[0], *hidden.shape[2:])
 
 

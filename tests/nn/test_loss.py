@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 
-from fastris import RISLoss, soft_iou
+from fastris import RISLoss, soft_iou, use_backend
 from fastris.nn import RISOutput, match
 from fastris.nn.loss import place_on_target
 
@@ -283,3 +283,23 @@ def test_wrong_counts_are_named(counts):
 def test_an_unknown_variant_is_named():
     with pytest.raises(ValueError, match="variant"):
         RISLoss("some")
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.parametrize(
+    "target",
+    [
+        torch.zeros(3, 20, 24, dtype=torch.long),  # of another batch
+        torch.zeros(1, 20, 24, dtype=torch.long),
+        torch.zeros(2, 20, 25, dtype=torch.long),  # larger than the maps
+        torch.zeros(2, 3, 21, 24),
+        torch.zeros(20, 24, dtype=torch.long),
+    ],
+)
+def test_a_target_that_does_not_fit_is_named(target, backend):
+    output = RISOutput(torch.zeros(2, 4, 5, 6), torch.zeros(2, 4), torch.zeros(2, 4, 5, 6), 4, 4)
+    message = "RISLoss: target must be of 2 images of at most 20×24 pixels on cpu like output, got "
+    with use_backend(backend):
+        for resolution in ("image", "map") if target.shape[-2:] == (20, 24) else ("image",):
+            with pytest.raises(ValueError, match=message):
+                RISLoss(resolution=resolution)(output, target, torch.tensor([1, 2]))

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import io
+import subprocess
+import sys
+import textwrap
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastris import backend
 from fastris.ops.conv2d_same import conv2d_same
 from fastris.ops.group_norm_relu import group_norm_relu
+from fastris.ops.lstm_gates import lstm_gates
 
 pytestmark = pytest.mark.skipif(backend.native_error() is not None, reason="fastris._C is not built")
 
@@ -88,3 +93,42 @@ def test_a_dispatch_mode_sees_the_operators(inputs: tuple[Tensor, ...]) -> None:
     assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
     for name in ("conv2d_same", "conv2d_same_backward", "group_norm_relu", "group_norm_relu_backward"):
         assert getattr(torch.ops.fastris, name).default in mode.seen
+
+
+def gates_and_convolution(inputs: tuple[Tensor, ...]) -> list[tuple[Tensor, Tensor]]:
+    gates, cell = torch.randn(2, 12, 5, 4, requires_grad=True), torch.randn(2, 3, 5, 4)
+    return [(lstm_gates(gates, cell)[0], gates), (conv2d_same(*inputs[:2]), inputs[1])]
+
+
+def test_batches_of_gradients(inputs: tuple[Tensor, ...]) -> None:
+    for y, x in gates_and_convolution(inputs):
+        grads = torch.randn(3, *y.shape)
+        (found,) = torch.autograd.grad(y, x, grads, is_grads_batched=True, retain_graph=True)
+        for one, grad in zip(found, grads, strict=True):
+            torch.testing.assert_close(one, torch.autograd.grad(y, x, grad, retain_graph=True)[0])
+
+
+def test_a_subclass_of_tensors_sees_the_operators() -> None:
+    gates, cell = torch.randn(2, 12, 5, 4), torch.randn(2, 3, 5, 4)
+    hidden, next_cell = lstm_gates(TwoTensor(gates, 2 * gates), TwoTensor(cell, cell))
+    assert isinstance(hidden, TwoTensor) and isinstance(next_cell, TwoTensor)
+    assert torch.equal(hidden.a, lstm_gates(gates, cell)[0]) and torch.equal(hidden.b, lstm_gates(2 * gates, cell)[0])
+
+
+def test_an_operator_has_gradients_without_the_extension() -> None:
+    code = """
+    import sys
+    sys.modules["fastris._C"] = None
+    import torch
+    import fastris
+    from fastris.ops import lstm_gates
+
+    gates, cell = torch.randn(2, 12, 5, 4, requires_grad=True), torch.randn(2, 3, 5, 4)
+    found, expected = (
+        torch.autograd.grad(call(gates, cell, None, None, None)[0].square().sum(), gates)[0]
+        for call in (torch.ops.fastris.lstm_gates, fastris.reference.lstm_gates)
+    )
+    torch.testing.assert_close(found, expected)
+    """
+    result = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr

@@ -19,7 +19,7 @@ SHAPES = [  # B, T, h, w, stride, offset, (H, W)
     (2, 3, 16, 18, 2, 0, (32, 36)),
     (1, 2, 7, 5, 4, 3, (22, 17)),  # an image within its maps, whose rows are no whole vectors
     (2, 1, 6, 9, 3, 1, (17, 26)),  # an odd stride, which has pixels in the middle of a cell
-    (1, 2, 5, 9, 1, 0, (5, 9)),
+    (1, 2, 5, 9, 1, 1, (4, 8)),
     (2, 2, 1, 1, 8, 2, (3, 5)),  # one cell, fewer pixels than a vector
     (1, 1, 9, 40, 8, 4, (60, 300)),
 ]
@@ -94,6 +94,8 @@ def test_logits_of_any_size(value: float) -> None:
     masks = image_masks(logits, 2, 0, (8, 8))
     torch.testing.assert_close(masks[0, 0], torch.full((8, 8), value).sigmoid(), equal_nan=True)
     assert torch.equal(masks[0, 1], torch.full((8, 8), 0.5))
+    logits[0, 1, 1, 2] = value  # next to cells of 0
+    torch.testing.assert_close(image_masks(logits, 1, 0, (4, 4)), logits.sigmoid(), equal_nan=True)
 
 
 @native
@@ -164,7 +166,9 @@ def test_second_derivatives_are_refused() -> None:
         (lambda x, v: (x, v.int(), 2, 0, 32, 36), r"void must be contiguous bool \(B,H,W\)"),
         (lambda x, v: (x, v[:1], 2, 0, 32, 36), r"void must be contiguous bool \(B,H,W\)"),
         (lambda x, v: (x, v, 0, 0, 32, 36), "stride must be positive"),
+        (lambda x, v: (x, v, 2**40, 0, 32, 36), "at most 65536"),
         (lambda x, v: (x, v, 2, -1, 32, 36), "offset not negative"),
+        (lambda x, v: (x, v, 2, 2**62, 32, 36), "the maps must cover the image"),
         (lambda x, v: (x, v, 2, 1, 32, 36), "the maps must cover the image"),
     ],
 )
@@ -172,6 +176,17 @@ def test_the_kernel_checks_what_it_is_given(change: Any, message: str) -> None:
     logits, _, _, _, void = arguments(SHAPES[0])
     with pytest.raises(RuntimeError, match=f"image_masks: .*{message}"):
         torch.ops.fastris.image_masks(*change(logits.detach(), void))
+
+
+@pytest.mark.parametrize("backend", ["native", "reference"])
+def test_the_door_checks_sizes(backend: str) -> None:
+    logits, _, _, _, void = arguments(SHAPES[0])
+    with fastris.use_backend(backend if fastris.backend.native_error() is None else "reference"):
+        for offset, size in ((0, (33, 36)), (1, (32, 36))):
+            with pytest.raises(ValueError, match="image_masks: logits must cover .* got float32 "):
+                image_masks(logits, 2, offset, size)
+        with pytest.raises(ValueError, match=r"image_masks: void must be \(2,30,36\), got bool \(2,32,36\)"):
+            image_masks(logits, 2, 0, (30, 36), void)
 
 
 @native

@@ -137,6 +137,17 @@ def test_other_dtypes_autocast_and_the_reference_back_end_take_the_reference() -
 
 
 @native
+def test_the_bits_do_not_depend_on_the_threads(by_threads: Any) -> None:
+    shape = (40, 5, 3, 4, 7)  # of several tasks
+    given, grads = arguments(shape), gradients(shape)
+    runs = by_threads(lambda: results(given, look, grads))
+    assert all(torch.equal(one, other) for one, other in zip(*runs, strict=True))
+    expected = results(given, reference.look, grads)
+    for ours, theirs in zip(runs[0], expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+@native
 def test_no_images() -> None:
     shape = (0, 4, 2, 5, 6)
     found = results(arguments(shape), look, gradients(shape))
