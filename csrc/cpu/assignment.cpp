@@ -9,8 +9,12 @@
 namespace fastris {
 namespace {
 
-constexpr int64_t kThread = 3072;  // 15 µs: to wake and join a thread takes 7, and far more where it sleeps
-constexpr int64_t kPiece = 512;  // what a thread takes at a time, so that one which wakes late has less to do
+// Costs, in 5 ns.
+constexpr int64_t kLeastOfThread = 3072;  // to wake and join one takes 7 µs, and far more where it sleeps
+constexpr int64_t kLeastAtATime = 512;
+
+// A rough one, of a matrix of n × m with n ≤ m.
+inline int64_t cost_of(int64_t n, int64_t m) { return 64 + n * n + n * m / 16; }
 
 template <typename T>
 void solve_images_baseline(const AssignmentBatch<T>& batch, int64_t begin, int64_t end, char* scratch) {
@@ -60,17 +64,16 @@ void solve_batch(const AssignmentCall& call, bool maximize, SolveImages<T> solve
       static_cast<int64_t*>(call.col_of_row.data_ptr()),
       static_cast<int32_t*>(call.status.data_ptr())};
   const size_t bytes = static_cast<size_t>(scratch_bytes<T>(call.n(), call.m()) + kCacheLine);
-  // A matrix takes about 5 ns · cost.
-  const int64_t n = call.n(), m = call.m(), cost = 64 + n * n + n * m / 16;
-  const int64_t threads = std::clamp<int64_t>(call.B * cost / kThread, 1, torch::stable::get_num_threads());
-  const int64_t some = std::max<int64_t>(1, kPiece / cost);
+  // Threads take what is left in parts that shrink, so that one which wakes late has less to do.
+  const int64_t cost = cost_of(call.n(), call.m()), least = std::max<int64_t>(1, kLeastAtATime / cost);
+  const int64_t threads = std::clamp<int64_t>(call.B * cost / kLeastOfThread, 1, torch::stable::get_num_threads());
   std::atomic<int64_t> next{0};
   torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
     thread_local std::vector<char> memory;  // grows to the largest matrix that a thread has seen
     if (memory.size() < bytes) memory = std::vector<char>(bytes);
     char* aligned = memory.data() + (kCacheLine - reinterpret_cast<uintptr_t>(memory.data()) % kCacheLine);
     for (int64_t begin = next.load(); begin < call.B;) {
-      const int64_t end = std::min(call.B, begin + std::max(some, (call.B - begin) / (2 * threads)));
+      const int64_t end = std::min(call.B, begin + std::max(least, (call.B - begin) / (2 * threads)));
       if (!next.compare_exchange_weak(begin, end)) continue;
       solve(batch, begin, end, aligned);
       begin = next.load();
