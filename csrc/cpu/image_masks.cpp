@@ -85,8 +85,8 @@ struct Forward : Enlargement {
     TwoRows rows(*this);
     for (int64_t map = begin; map < end; ++map) {
       const float* const cells = logits + map * h * w;
-      const auto leave = [](int64_t, float*) {};
-      const auto enter = [&](int64_t row, float* room) { enlarge_row(cells + row * w, room); };
+      const auto leave = [](int64_t, float*) FASTRIS_INLINE_LAMBDA {};
+      const auto enter = [&](int64_t row, float* room) FASTRIS_INLINE_LAMBDA { enlarge_row(cells + row * w, room); };
       for (int64_t y = 0; y < H; ++y) {
         const Between between(*this, y);
         const float* const above = rows.at(between.above, leave, enter) + first();
@@ -105,7 +105,7 @@ struct Forward : Enlargement {
   }
 
  private:
-  void enlarge_row(const float* cells, float* to) const {
+  FASTRIS_INLINE void enlarge_row(const float* cells, float* to) const {
     for (int64_t gap = -1; gap < w; ++gap) {
       const float before = cells[std::max<int64_t>(gap, 0)], behind = cells[std::min(gap + 1, w - 1)];
       for (int64_t k = 0; k < stride; ++k) *to++ = before * (1.0f - after[k]) + behind * after[k];
@@ -113,7 +113,7 @@ struct Forward : Enlargement {
   }
 
   // By stretches, of which most have no void pixel.
-  void clear(const uint8_t* is_void, float* row) const {
+  FASTRIS_INLINE void clear(const uint8_t* is_void, float* row) const {
     constexpr int64_t stretch = sizeof(uint64_t);
     for (int64_t x = 0; x < W; x += stretch) {
       uint64_t any = 1;
@@ -136,8 +136,8 @@ struct Backward : Enlargement {
     TwoRows rows(*this);
     for (int64_t map = begin; map < end; ++map) {
       float* const cells = d_logits + map * h * w;
-      const auto leave = [&](int64_t row, float* room) { add_to_cells(room, cells + row * w); };
-      const auto enter = [&](int64_t, float* room) { std::fill(room, room + gaps_row(), 0.0f); };
+      const auto leave = [&](int64_t row, float* room) FASTRIS_INLINE_LAMBDA { add_to_cells(room, cells + row * w); };
+      const auto enter = [&](int64_t, float* room) FASTRIS_INLINE_LAMBDA { std::fill(room, room + gaps_row(), 0.0f); };
       for (int64_t y = 0; y < H; ++y) {
         const Between between(*this, y);
         float* const above = rows.at(between.above, leave, enter) + first();
@@ -163,7 +163,7 @@ struct Backward : Enlargement {
     });
   }
 
-  void add_to_cells(const float* from, float* cells) const {
+  FASTRIS_INLINE void add_to_cells(const float* from, float* cells) const {
     for (int64_t gap = -1; gap < w; ++gap) {
       float before = 0.0f, behind = 0.0f;
       for (int64_t k = 0; k < stride; ++k, ++from) {

@@ -21,7 +21,7 @@ struct Maps {
     for (int64_t dim = 0; dim < 4; ++dim) strides[dim] = maps.stride(dim);
   }
 
-  void copy_cell(int64_t b, int64_t cell, float* to) const {
+  FASTRIS_INLINE void copy_cell(int64_t b, int64_t cell, float* to) const {
     const float* from = first + b * strides[0] + cell / width * strides[2] + cell % width * strides[3];
     for (int64_t c = 0; c < channels; ++c) to[c] = from[c * strides[1]];
   }
@@ -58,7 +58,7 @@ struct Forward {
 
  private:
   // The first of the largest, or the first NaN.
-  int64_t most_likely(const float* of) const {
+  FASTRIS_INLINE int64_t most_likely(const float* of) const {
     int64_t most = 0;
     for (int64_t i = 0; i < cells; ++i) {
       if (std::isnan(of[i])) return i;

@@ -179,11 +179,11 @@ class Evidence(NamedTuple):
     pooled: Tensor
     attended: Tensor | None
 
-
-def join(several: Sequence[Evidence]) -> Evidence:
-    """The rows of all, in their order."""
-    pooled, attended = zip(*several, strict=True)
-    return Evidence(torch.cat(pooled), None if attended[0] is None else torch.cat(attended))
+    @staticmethod
+    def joined(several: Sequence[Evidence]) -> Evidence:
+        """The rows of all, in their order."""
+        pooled, attended = zip(*several, strict=True)
+        return Evidence(torch.cat(pooled), None if attended[0] is None else torch.cat(attended))
 
 
 class ConfidenceHead(nn.Module):

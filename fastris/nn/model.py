@@ -21,7 +21,7 @@ from fastris.nn.config import ModelConfig
 from fastris.nn.convlstm import ConvLSTMCell, State
 from fastris.nn.dense import DenseMaps
 from fastris.nn.fcn8s import FCN8s
-from fastris.nn.heads import ConfidenceHead, DynamicMaskHead, Evidence, SpatialInhibition, join
+from fastris.nn.heads import ConfidenceHead, DynamicMaskHead, Evidence, SpatialInhibition
 from fastris.ops.conv2d_same import RepeatedWeight, conv2d_same
 from fastris.ops.lstm_gates import lstm_gates
 from fastris.reference.image_masks import at_pixels
@@ -169,7 +169,7 @@ class RecurrentInstanceSegmenter(nn.Module):
             results.append(result)
         masks = torch.stack([one.mask_logits for one in results], dim=1)
         places = torch.stack([one.log_place for one in results], dim=1)
-        scores = self.confidence_head.judge(join([one.evidence for one in results])).view(steps, -1).t().contiguous()
+        scores = self.confidence_head.judge(Evidence.joined([one.evidence for one in results]))  # [T · B]
         offset, place_stride = self.backbone.offset, self.backbone.stride
         bottom, right = height + offset, width + offset
         fine = ..., slice(-(-bottom // self.stride)), slice(-(-right // self.stride))
@@ -177,6 +177,7 @@ class RecurrentInstanceSegmenter(nn.Module):
         dense = None
         if isinstance(self.mask_head, DynamicMaskHead):
             dense = self.mask_head.dense_maps(context.features[coarse], context.detail[fine])
+        scores = scores.view(steps, -1).t().contiguous()
         return RISOutput(masks[fine], scores, places[coarse], self.stride, place_stride, offset, dense)
 
     def _initialize_as_released(self) -> None:

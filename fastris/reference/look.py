@@ -13,12 +13,14 @@ from fastris.reference.place_logits import cells
 
 
 class Look(NamedTuple):
-    """Attributes:
-    log_place: (B, H, W) log-probabilities of the spatial softmax, in fp32 at least.
-    place: (B, H, W), 1 in the most likely cell, in the dtype of ``log_place``; no gradient.
-    seen: (B, C + F), the hidden state and the features in that cell.
-    attended: (B, C + F + 1), the same and the cell's logit.
-    centre: (B, 2), x and y of its middle in cells, in the dtype of ``log_place``; no gradient.
+    """Where a step looks, and what it sees there.
+
+    Attributes:
+        log_place: (B, H, W) log-probabilities of the spatial softmax, in fp32 at least.
+        place: (B, H, W), 1 in the most likely cell, in the dtype of ``log_place``; no gradient.
+        seen: (B, C + F), the hidden state and the features in that cell.
+        attended: (B, C + F + 1), the same and the cell's logit.
+        centre: (B, 2), x and y of its middle in cells, in the dtype of ``log_place``; no gradient.
     """
 
     log_place: Tensor
@@ -35,6 +37,9 @@ def look(logits: Tensor, hidden: Tensor, features: Tensor) -> Look:
         logits: (B, H, W).
         hidden: (B, C, H, W).
         features: (B, F, H, W).
+
+    Returns:
+        A :class:`Look`; of equal cells the first is the most likely.
     """
     flat = logits.flatten(1)
     log_place = F.log_softmax(flat.to(torch.promote_types(flat.dtype, torch.float32)), dim=1)
