@@ -63,7 +63,7 @@ def test_programs_compute_what_the_model_does_for_any_batch_and_size(name, backe
     model = tiny(**MODELS[name])
     with fastris.use_backend(backend), torch.no_grad():
         features, step = export_features(model), export_step(model)
-        expected = NATIVE
+        expected = set(NATIVE)
         if model.config.mask_head == "dynamic":
             expected = NATIVE | DYNAMIC | ({"fastris.look.default"} if model.config.hard_place else set())
         expected |= {"fastris.group_norm_relu.default"} if model.config.backbone == "small" else set()
