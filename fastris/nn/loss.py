@@ -16,6 +16,7 @@ from fastris.nn.heads import DynamicMaskHead
 from fastris.nn.model import RISOutput
 from fastris.ops.arguments import describe
 from fastris.ops.assignment import assignment
+from fastris.ops.autograd import plain, untransformed
 from fastris.ops.image_masks import image_masks
 from fastris.ops.soft_iou import check_pred_and_target, soft_iou
 
@@ -62,7 +63,7 @@ def match(
     """
     check_pred_and_target(pred, target)
     void = void_pixels(target)
-    if void is not None:
+    if void is not None and not _seen_to_be_empty(void):
         pred = torch.where(void.unsqueeze(1), 0.0, pred)
     return match_known(pred, target, num_pred, num_target, num_labels, bonus)
 
@@ -70,6 +71,11 @@ def match(
 def void_pixels(target: Tensor) -> Tensor | None:
     """Bool (B, H, W): which pixels of a label map are void. Masks have none."""
     return target < 0 if target.dim() == 3 else None
+
+
+def _seen_to_be_empty(mask: Tensor) -> bool:
+    """Whether it is, where to look is no wait for a device and no break in a graph."""
+    return mask.is_cpu and untransformed() and plain([mask]) and not mask.any()
 
 
 def match_known(

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from fastris import RISLoss, soft_iou, use_backend
-from fastris.nn import RISOutput, match
+from fastris.nn import RISOutput, loss, match
 from fastris.nn.loss import place_on_target
 
 
@@ -303,3 +303,17 @@ def test_a_target_that_does_not_fit_is_named(target, backend):
         for resolution in ("image", "map") if target.shape[-2:] == (20, 24) else ("image",):
             with pytest.raises(ValueError, match=message):
                 RISLoss(resolution=resolution)(output, target, torch.tensor([1, 2]))
+
+
+def test_predictions_are_copied_only_where_there_is_void(monkeypatch):
+    pred, labels, seen = torch.rand(2, 3, 6, 7), torch.randint(0, 3, (2, 6, 7)), []
+
+    def spy(*args):
+        seen.append(args[0])
+        return soft_iou(*args)
+
+    monkeypatch.setattr(loss, "soft_iou", spy)
+    match(pred, labels, num_labels=2)
+    labels[1, 2, 3] = -1
+    match(pred, labels, num_labels=2)
+    assert seen[0] is pred and seen[1] is not pred and not seen[1][1, :, 2, 3].any()
