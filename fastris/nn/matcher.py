@@ -258,9 +258,10 @@ class MaskHungarianMatcher(_Matcher):
         cost_class = -logits.softmax(-1)[:, target["labels"].long()]
         pred = _sample(masks, points)  # [Q, P]
         true = _sample(target["masks"].to(masks.dtype), points)  # [n, P]
-        where_true = F.binary_cross_entropy_with_logits(pred, torch.ones_like(pred), reduction="none")
-        where_false = F.binary_cross_entropy_with_logits(pred, torch.zeros_like(pred), reduction="none")
-        cost_mask = (_products(where_true, true) + _products(where_false, 1 - true)) / self.num_points
+        log_prob = F.logsigmoid(
+            pred
+        )  # the cross-entropies with 1 and with 0 are −log_prob and pred − log_prob, to the bit
+        cost_mask = (_products(-log_prob, true) + _products(pred - log_prob, 1 - true)) / self.num_points
         prob = pred.sigmoid()
         areas = prob.sum(-1).unsqueeze(1) + true.sum(-1).unsqueeze(0)
         cost_dice = 1 - (2 * _products(prob, true) + 1) / (areas + 1)
