@@ -18,7 +18,7 @@ from fastris.ops.dynamic_mask import dynamic_mask
 from fastris.ops.look import look
 from fastris.ops.place_logits import place_logits
 from fastris.reference.dynamic_mask import WIDTH, cell_centres, filter_size
-from fastris.reference.look import Look
+from fastris.reference.look import Look, spatial_log_softmax
 from fastris.reference.place_logits import cells
 
 
@@ -242,9 +242,3 @@ def grid_max(maps: Tensor, side: int) -> Tensor:
         cells = [(index >= k * size // side) & (index < ((k + 1) * size + side - 1) // side) for k in range(side)]
         maps = torch.stack([maps.where(cell, -torch.inf).amax(dim) for cell in cells], dim)
     return maps
-
-
-def spatial_log_softmax(logits: Tensor) -> Tensor:
-    """Log-softmax over all places of a map: (B, h, w) → (B, h, w), in fp32 at least."""
-    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return F.log_softmax(wide.flatten(1), dim=1).view_as(logits)

@@ -165,12 +165,12 @@ class RISLoss(nn.Module):
             num_labels = int(counts.max()) if batch else 0
         dtype = torch.float64 if output.mask_logits.dtype == torch.float64 else torch.float32
         logits = output.mask_logits.to(dtype)
+        compared, stride, offset = target, output.stride, output.offset
         if self.resolution == "map":
-            compared = at_centres(target, output.stride, output.offset, (logits.shape[-2], logits.shape[-1]))
-            masks = image_masks(logits, 1, 0, (logits.shape[-2], logits.shape[-1]), void_pixels(compared))
-        else:
-            compared, size = target, (target.shape[-2], target.shape[-1])
-            masks = image_masks(logits, output.stride, output.offset, size, void_pixels(target))
+            compared = at_centres(target, stride, offset, (logits.shape[-2], logits.shape[-1]))
+            stride, offset = 1, 0
+        size = (compared.shape[-2], compared.shape[-1])
+        masks = image_masks(logits, stride, offset, size, void_pixels(compared))
         num_pred = counts.clamp_max(steps) if self.variant == "first_n" else None
         on_target = mass = None
         if self.place_weight:

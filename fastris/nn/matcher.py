@@ -258,9 +258,8 @@ class MaskHungarianMatcher(_Matcher):
         cost_class = -logits.softmax(-1)[:, target["labels"].long()]
         pred = _sample(masks, points)  # [Q, P]
         true = _sample(target["masks"].to(masks.dtype), points)  # [n, P]
-        log_prob = F.logsigmoid(
-            pred
-        )  # the cross-entropies with 1 and with 0 are −log_prob and pred − log_prob, to the bit
+        # The cross-entropies with 1 and with 0 are −log_prob and pred − log_prob, to the bit.
+        log_prob = F.logsigmoid(pred)
         cost_mask = (_products(-log_prob, true) + _products(pred - log_prob, 1 - true)) / self.num_points
         prob = pred.sigmoid()
         areas = prob.sum(-1).unsqueeze(1) + true.sum(-1).unsqueeze(0)

@@ -41,8 +41,7 @@ def look(logits: Tensor, hidden: Tensor, features: Tensor) -> Look:
     Returns:
         A :class:`Look`; of equal cells the first is the most likely.
     """
-    flat = logits.flatten(1)
-    log_place = F.log_softmax(flat.to(torch.promote_types(flat.dtype, torch.float32)), dim=1)
+    flat, log_place = logits.flatten(1), spatial_log_softmax(logits)
     peak, chosen = flat.max(1, keepdim=True)
     place = (torch.arange(flat.shape[1], device=flat.device) == chosen).to(log_place.dtype)
     there = chosen.unsqueeze(2)  # [B, 1, 1]
@@ -50,4 +49,10 @@ def look(logits: Tensor, hidden: Tensor, features: Tensor) -> Look:
     seen = torch.cat(both, dim=2).squeeze(1)
     centre = cell_centres(logits.shape[1], logits.shape[2], log_place)[:, chosen.squeeze(1)].t()
     attended = torch.cat([seen, peak], dim=1)
-    return Look(log_place.view_as(logits), place.view_as(logits), seen, attended, centre)
+    return Look(log_place, place.view_as(logits), seen, attended, centre)
+
+
+def spatial_log_softmax(logits: Tensor) -> Tensor:
+    """Log-softmax over all places of a map: (B, h, w) → (B, h, w), in fp32 at least."""
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return F.log_softmax(wide.flatten(1), dim=1).view_as(logits)
