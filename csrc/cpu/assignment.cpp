@@ -10,7 +10,7 @@ namespace fastris {
 namespace {
 
 // Costs, in 5 ns.
-constexpr int64_t kLeastOfThread = 3072;  // to wake and join one takes 7 µs, and far more where it sleeps
+constexpr int64_t kLeastOfThread = 3072;  // to wake and join one takes 1 to 2 µs, and far more where it sleeps
 constexpr int64_t kLeastAtATime = 512;
 
 // A rough one, of a matrix of n × m with n ≤ m.
@@ -64,19 +64,29 @@ void solve_batch(const AssignmentCall& call, bool maximize, SolveImages<T> solve
       static_cast<int64_t*>(call.col_of_row.data_ptr()),
       static_cast<int32_t*>(call.status.data_ptr())};
   const size_t bytes = static_cast<size_t>(scratch_bytes<T>(call.n(), call.m()) + kCacheLine);
-  // Threads take what is left in parts that shrink, so that one which wakes late has less to do.
+  // A thread takes its own share, in parts, and then what is left of the others': one that wakes late has less to do.
   const int64_t cost = cost_of(call.n(), call.m()), least = std::max<int64_t>(1, kLeastAtATime / cost);
   const int64_t threads = std::clamp<int64_t>(call.B * cost / kLeastOfThread, 1, torch::stable::get_num_threads());
-  std::atomic<int64_t> next{0};
-  torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
+  struct alignas(kCacheLine) Share {
+    std::atomic<int64_t> next;
+    int64_t end;
+  };
+  std::vector<Share> shares(static_cast<size_t>(threads));
+  for (int64_t i = 0; i < threads; ++i) {
+    shares[i].next = call.B * i / threads;
+    shares[i].end = call.B * (i + 1) / threads;
+  }
+  torch::stable::parallel_for(0, threads, 1, [&](int64_t first, int64_t) {
     thread_local std::vector<char> memory;  // grows to the largest matrix that a thread has seen
     if (memory.size() < bytes) memory = std::vector<char>(bytes);
+    const AssignmentBatch<T> mine = batch;  // not on a cache line of another thread's stack
     char* aligned = memory.data() + (kCacheLine - reinterpret_cast<uintptr_t>(memory.data()) % kCacheLine);
-    for (int64_t begin = next.load(); begin < call.B;) {
-      const int64_t end = std::min(call.B, begin + std::max(least, (call.B - begin) / (2 * threads)));
-      if (!next.compare_exchange_weak(begin, end)) continue;
-      solve(batch, begin, end, aligned);
-      begin = next.load();
+    for (int64_t i = 0; i < threads; ++i) {
+      Share& share = shares[(first + i) % threads];
+      const int64_t end = share.end;
+      for (int64_t begin; (begin = share.next.fetch_add(least)) < end;) {
+        solve(mine, begin, std::min(end, begin + least), aligned);
+      }
     }
   });
 }

@@ -52,6 +52,9 @@ for _name in ("assignment", "assignment_reference"):
 
 # The door
 
+_assignment = torch.ops.fastris.assignment.default
+_assignment_reference = torch.ops.fastris.assignment_reference.default
+
 
 def assignment(
     cost: Tensor,
@@ -93,13 +96,19 @@ def assignment(
     """
     if not isinstance(cost, Tensor):
         raise TypeError(f"assignment: cost must be a tensor, got {type(cost).__name__}")
-    if cost.dim() != 3 or cost.is_complex():
+    if cost.dim() != 3 or cost.dtype.is_complex:
         raise ValueError(f"assignment: cost must be real (B,P,G), got {describe(cost)}")
-    cost = _widened(cost.detach() if cost.requires_grad else cost)
+    if cost.requires_grad:
+        cost = cost.detach()
+    if cost.dtype not in (torch.float32, torch.float64):
+        cost = _widened(cost)
+    # "auto" is what the dispatcher does anyway, sooner than Python can ask for the device.
+    native = backend.active_backend() == "auto" or backend.runs_native("assignment", cost.device.type)
+    operator = _assignment if native else _assignment_reference
+    if num_rows is None and num_cols is None and not maximize:
+        return Assignment(*operator(cost))  # 1.5 µs less than with arguments that say nothing
     rows = check_counts("assignment", "num_rows", num_rows, cost, "cost")
     cols = check_counts("assignment", "num_cols", num_cols, cost, "cost")
-    native = backend.runs_native("assignment", cost.device.type)
-    operator = torch.ops.fastris.assignment if native else torch.ops.fastris.assignment_reference
     return Assignment(*operator(cost, rows, cols, maximize))
 
 
@@ -142,6 +151,4 @@ def linear_sum_assignment(cost: Any, maximize: bool = False) -> tuple[Any, Any]:
 
 def _widened(cost: Tensor) -> Tensor:
     """fp32 or fp64 without rounding: halves fit fp32, integers up to 53 bits fit fp64."""
-    if cost.dtype in (torch.float32, torch.float64):
-        return cost
     return cost.to(torch.float32 if cost.is_floating_point() else torch.float64)
