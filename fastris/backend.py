@@ -79,6 +79,17 @@ def use_backend(name: str) -> Iterator[None]:
         _active = before
 
 
+def extension() -> ModuleType:
+    """``fastris._C``.
+
+    Raises:
+        RuntimeError: it is not loaded.
+    """
+    if _extension is None:
+        raise RuntimeError(f"fastris._C is not loaded: {native_error()}")
+    return _extension
+
+
 def native_error() -> str | None:
     """Why ``fastris._C`` is not loaded, or None where it is."""
     if _extension is not None:

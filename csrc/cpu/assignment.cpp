@@ -1,5 +1,6 @@
 // assignment on the CPU: the images of a batch on torch's own threads, each matrix in SIMD lanes of the machine.
 #include "../assignment_call.h"
+#include "assign_matrix.h"
 #include "assignment_solve.h"
 #include "simd.h"
 
@@ -49,38 +50,28 @@ SolveImages<T> choose(int64_t lanes) {
   }
 }
 
+// Of B matrices.
 template <typename T>
-void solve_batch(const AssignmentCall& call, bool maximize, SolveImages<T> solve) {
-  const AssignmentBatch<T> batch{
-      call.cost.const_data_ptr<T>(),
-      call.cost.stride(0),
-      call.cost.stride(1),
-      call.cost.stride(2),
-      maximize,
-      call.P,
-      call.G,
-      call.rows(),
-      call.cols(),
-      static_cast<int64_t*>(call.col_of_row.data_ptr()),
-      static_cast<int32_t*>(call.status.data_ptr())};
-  const size_t bytes = static_cast<size_t>(scratch_bytes<T>(call.n(), call.m()) + kCacheLine);
+void solve_batch(const AssignmentBatch<T>& batch, int64_t B, SolveImages<T> solve) {
+  const int64_t n = std::min(batch.P, batch.G), m = n == 0 ? 0 : std::max(batch.P, batch.G);
+  const size_t bytes = static_cast<size_t>(scratch_bytes(n, m) + kCacheLine);
   // A thread takes its own share, in parts, and then what is left of the others': one that wakes late has less to do.
-  const int64_t cost = cost_of(call.n(), call.m()), least = std::max<int64_t>(1, kLeastAtATime / cost);
-  const int64_t threads = std::clamp<int64_t>(call.B * cost / kLeastOfThread, 1, torch::stable::get_num_threads());
+  const int64_t cost = cost_of(n, m), least = std::max<int64_t>(1, kLeastAtATime / cost);
+  const int64_t threads = std::clamp<int64_t>(B * cost / kLeastOfThread, 1, torch::stable::get_num_threads());
   struct alignas(kCacheLine) Share {
     std::atomic<int64_t> next;
     int64_t end;
   };
   std::vector<Share> shares(static_cast<size_t>(threads));
   for (int64_t i = 0; i < threads; ++i) {
-    shares[i].next = call.B * i / threads;
-    shares[i].end = call.B * (i + 1) / threads;
+    shares[i].next = B * i / threads;
+    shares[i].end = B * (i + 1) / threads;
   }
   torch::stable::parallel_for(0, threads, 1, [&](int64_t first, int64_t) {
     thread_local std::vector<char> memory;  // grows to the largest matrix that a thread has seen
     if (memory.size() < bytes) memory = std::vector<char>(bytes);
-    const AssignmentBatch<T> mine = batch;  // not on a cache line of another thread's stack
     char* aligned = memory.data() + (kCacheLine - reinterpret_cast<uintptr_t>(memory.data()) % kCacheLine);
+    const AssignmentBatch<T> mine = batch;  // not on a cache line of another thread's stack
     for (int64_t i = 0; i < threads; ++i) {
       Share& share = shares[(first + i) % threads];
       const int64_t end = share.end;
@@ -89,6 +80,24 @@ void solve_batch(const AssignmentCall& call, bool maximize, SolveImages<T> solve
       }
     }
   });
+}
+
+template <typename T>
+void solve_batch(const AssignmentCall& call, bool maximize, SolveImages<T> solve) {
+  solve_batch(
+      AssignmentBatch<T>{
+          call.cost.const_data_ptr<T>(),
+          call.cost.stride(0),
+          call.cost.stride(1),
+          call.cost.stride(2),
+          maximize,
+          call.P,
+          call.G,
+          call.rows(),
+          call.cols(),
+          static_cast<int64_t*>(call.col_of_row.data_ptr()),
+          static_cast<int32_t*>(call.status.data_ptr())},
+      call.B, solve);
 }
 
 std::tuple<Tensor, Tensor> assignment(
@@ -108,6 +117,14 @@ std::tuple<Tensor, Tensor> assignment_lanes(
 }
 
 }  // namespace
+
+int32_t assign_matrix(const double* cost, int64_t P, int64_t G, bool maximize, int64_t* col_of_row) {
+  int32_t status = 0;
+  const AssignmentBatch<double> one{cost, P * G, G, 1, maximize, P, G, nullptr, nullptr, col_of_row, &status};
+  solve_batch(one, 1, choose<double>());
+  return status;
+}
+
 }  // namespace fastris
 
 STABLE_TORCH_LIBRARY_IMPL(fastris, CPU, m) {

@@ -8,7 +8,7 @@
 namespace fastris {
 namespace {
 
-// n <= m rows of a contiguous length of at least m, the rest of each row +inf.
+// n <= m rows of a contiguous length of at least m, the rest of each row +inf. Their type may be wider than the caller's.
 template <typename T>
 struct Packed {
   T* data;
@@ -34,6 +34,10 @@ struct Square<float> {
         : _mm256_maskload_ps(p, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(masks + side - count)));
   }
   static FASTRIS_INLINE void store(float* p, Row row) { _mm256_storeu_ps(p, row); }
+  static FASTRIS_INLINE void store(double* p, Row row) {
+    _mm256_storeu_pd(p, _mm256_cvtps_pd(_mm256_castps256_ps128(row)));
+    _mm256_storeu_pd(p + 4, _mm256_cvtps_pd(_mm256_extractf128_ps(row, 1)));
+  }
   static FASTRIS_INLINE Row flip(Row row, Row sign) { return _mm256_xor_ps(row, sign); }
   static FASTRIS_INLINE Row not_above(Row row, Row bound) { return _mm256_cmp_ps(row, bound, _CMP_NGT_UQ); }
   static FASTRIS_INLINE Row either(Row a, Row b) { return _mm256_or_ps(a, b); }
@@ -84,8 +88,8 @@ struct Square<double> {
 };
 
 // Where the caller's columns are contiguous: in squares, each read and written in whole registers.
-template <typename T>
-FASTRIS_INLINE bool pack_columns(const CostView<T>& cost, const Packed<T>& packed) {
+template <typename T, typename To>
+FASTRIS_INLINE bool pack_columns(const CostView<T>& cost, const Packed<To>& packed) {
   using S = Square<T>;
   const typename S::Row infinity = S::all(static_cast<T>(INFINITY)), lowest = S::all(static_cast<T>(-INFINITY));
   const typename S::Row sign = S::all(cost.maximize ? T(-0.0) : T(0.0));
@@ -109,26 +113,26 @@ FASTRIS_INLINE bool pack_columns(const CostView<T>& cost, const Packed<T>& packe
 
 #endif
 
-template <typename T>
-FASTRIS_INLINE bool pack_elements(const CostView<T>& cost, const Packed<T>& packed, int64_t col_stride) {
+template <typename T, typename To>
+FASTRIS_INLINE bool pack_elements(const CostView<T>& cost, const Packed<To>& packed, int64_t col_stride) {
   bool invalid = false;
   for (int64_t row = 0; row < packed.n; ++row) {
     const T* from = cost.data + row * cost.row_stride;
-    T* to = packed.data + row * packed.row_length;
+    To* to = packed.data + row * packed.row_length;
     int bad = 0;  // an int for the vectoriser
     for (int64_t col = 0; col < packed.m; ++col) {
       to[col] = cost.maximize ? -from[col * col_stride] : from[col * col_stride];
-      bad |= !(to[col] > static_cast<T>(-INFINITY));
+      bad |= !(to[col] > static_cast<To>(-INFINITY));
     }
-    for (int64_t col = packed.m; col < packed.row_length; ++col) to[col] = static_cast<T>(INFINITY);
+    for (int64_t col = packed.m; col < packed.row_length; ++col) to[col] = static_cast<To>(INFINITY);
     invalid |= bad != 0;
   }
   return invalid;
 }
 
 // Copies; true if NaN or -inf is among the costs.
-template <typename T>
-FASTRIS_INLINE bool pack(const CostView<T>& cost, const Packed<T>& packed) {
+template <typename T, typename To>
+FASTRIS_INLINE bool pack(const CostView<T>& cost, const Packed<To>& packed) {
   if (cost.col_stride == 1) return pack_elements(cost, packed, 1);
 #if defined(__AVX__)
   if (cost.row_stride == 1) return pack_columns(cost, packed);

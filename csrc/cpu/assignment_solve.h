@@ -4,6 +4,8 @@
 
 #include "assignment_greedy.h"
 
+#include <type_traits>
+
 namespace fastris {
 
 // A batch of P x G matrices as plain pointers: asking a tensor costs a call through the ABI.
@@ -36,13 +38,16 @@ constexpr int64_t kCacheLine = 64;  // bytes; lanes that straddle two lines cost
 constexpr int64_t kFirstLevel = int64_t{1} << 15, kSecondLevel = int64_t{1} << 18;  // bytes of cache
 constexpr int64_t kMostLanes = 128;
 
+// What costs are solved in: fp32 widened once, not whenever a row is looked at; emulated lanes leave it as a GPU does.
+template <int N, typename T>
+using Solved = std::conditional_t<(N < 32), double, T>;
+
 // Scratch for any matrix of a batch with any number of lanes: what the solver needs, then the packed costs.
 inline int64_t solver_bytes(int64_t n, int64_t m) {
   return round_up(AssignmentWorkspace<int64_t>::bytes(round_up(n, kMostLanes), round_up(m, kMostLanes)), kCacheLine);
 }
-template <typename T>
-int64_t scratch_bytes(int64_t n, int64_t m) {
-  return solver_bytes(n, m) + n * round_up(m, kMostLanes) * static_cast<int64_t>(sizeof(T));
+inline int64_t scratch_bytes(int64_t n, int64_t m) {
+  return solver_bytes(n, m) + n * round_up(m, kMostLanes) * static_cast<int64_t>(sizeof(double));
 }
 
 // Asks for a whole matrix in the order in which it lies in memory: what reads its columns side by side jumps, which the
@@ -72,8 +77,8 @@ FASTRIS_INLINE int32_t solve_image(const AssignmentBatch<T>& batch, int64_t b, c
   const bool transposed = cols < rows;
   const int64_t n = transposed ? cols : rows, m = transposed ? rows : cols;
   const CostView<T> as_solved = transposed ? cost.transposed() : cost;
-  T* costs = reinterpret_cast<T*>(scratch + solver_bytes(std::min(batch.P, batch.G), std::max(batch.P, batch.G)));
-  const Packed<T> packed{costs, round_up(m, N < 8 ? 8 : N), n, m};
+  auto* costs = reinterpret_cast<Solved<N, T>*>(scratch + solver_bytes(std::min(batch.P, batch.G), std::max(batch.P, batch.G)));
+  const Packed<Solved<N, T>> packed{costs, round_up(m, N < 8 ? 8 : N), n, m};
   using Lanes = VectorLanes<N>;
   const AssignmentWorkspace<typename Lanes::Index> work(scratch, round_up(n, N), packed.row_length);
   fetch(as_solved, n, m);
@@ -84,7 +89,7 @@ FASTRIS_INLINE int32_t solve_image(const AssignmentBatch<T>& batch, int64_t b, c
       replace_invalid(packed);
       status |= kAssignmentInvalid;
     }
-    AssignmentSolver<Lanes, PackedCost<T>> solver(
+    AssignmentSolver<Lanes, PackedCost<Solved<N, T>>> solver(
         {packed.data, packed.row_length}, work, static_cast<int32_t>(n), static_cast<int32_t>(m));
     if (!solver.solve(static_cast<int32_t>(settled))) status |= kAssignmentInfeasible;
   }

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from fastris import backend, reference
@@ -12,6 +14,8 @@ from fastris.ops.arguments import check_counts, describe
 from fastris.reference.assignment import INFEASIBLE, INVALID, Assignment
 
 __all__ = ["INFEASIBLE", "INVALID", "Assignment", "assignment", "linear_sum_assignment"]
+
+Array = NDArray[Any]
 
 # Schema
 
@@ -127,26 +131,47 @@ def linear_sum_assignment(cost: Any, maximize: bool = False) -> tuple[Any, Any]:
         ValueError: not a matrix; NaN or -inf (+inf when maximising) in it; no complete assignment.
         TypeError: complex costs.
     """
-    if not isinstance(cost, Tensor):
-        import numpy as np
+    if isinstance(cost, Tensor):
+        _check_matrix(cost.is_complex(), cost.dim())
+        if cost.device.type == "cpu":
+            pairs = _solve_matrix(cost.to(torch.float64).numpy(force=True), maximize)
+            return torch.from_numpy(pairs[0]), torch.from_numpy(pairs[1])
+        solution = assignment(cost[None], maximize=maximize)
+        _check_status(int(solution.status))
+        col_of_row = solution.col_of_row[0]
+        row_ind = (col_of_row >= 0).nonzero()[:, 0]
+        return row_ind, col_of_row[row_ind]
+    is_complex = np.iscomplexobj(cost)
+    matrix = np.asarray(cost, dtype=None if is_complex else np.float64)
+    _check_matrix(is_complex, matrix.ndim)
+    return _solve_matrix(matrix, maximize)
 
-        if np.iscomplexobj(cost):
-            raise TypeError("linear_sum_assignment: cost must be real, got complex numbers")
-        matrix = torch.from_numpy(np.array(cost, dtype=np.float64, order="C"))
-        row_ind, col_ind = linear_sum_assignment(matrix, maximize)
-        return row_ind.numpy(), col_ind.numpy()
-    if cost.is_complex():
+
+def _check_matrix(is_complex: bool, dimensions: int) -> None:
+    if is_complex:
         raise TypeError("linear_sum_assignment: cost must be real, got complex numbers")
-    if cost.dim() != 2:
-        raise ValueError(f"expected a matrix (2-D array), got a {cost.dim()} array")
-    col_of_row, status = assignment(cost.unsqueeze(0), maximize=maximize)
-    bits = int(status)
-    if bits & INVALID:
+    if dimensions != 2:
+        raise ValueError(f"expected a matrix (2-D array), got a {dimensions} array")
+
+
+def _check_status(status: int) -> None:
+    if status & INVALID:
         raise ValueError("matrix contains invalid numeric entries")
-    if bits & INFEASIBLE:
+    if status & INFEASIBLE:
         raise ValueError("cost matrix is infeasible")
-    row_ind = (col_of_row[0] >= 0).nonzero()[:, 0]
-    return row_ind, col_of_row[0][row_ind]
+
+
+def _solve_matrix(matrix: Array, maximize: bool) -> tuple[Array, Array]:
+    """One fp64 matrix; natively without a tensor, since making one takes longer than solving a small matrix."""
+    if backend.runs_native("assignment", "cpu"):
+        status, *pairs = backend.extension().assign_matrix(matrix.tobytes(), *matrix.shape, maximize)
+        _check_status(status)
+        return np.frombuffer(pairs[0], np.int64), np.frombuffer(pairs[1], np.int64)
+    solution = assignment(torch.from_numpy(matrix.copy())[None], maximize=maximize)
+    _check_status(int(solution.status))
+    col_of_row = solution.col_of_row.numpy()[0]
+    row_ind = np.flatnonzero(col_of_row >= 0)
+    return row_ind, col_of_row[row_ind]
 
 
 def _widened(cost: Tensor) -> Tensor:

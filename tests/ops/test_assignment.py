@@ -373,7 +373,7 @@ def test_cuda_calls_of_two_threads_and_sizes_do_not_disturb_each_other() -> None
     ],
 )
 @pytest.mark.parametrize("maximize", [False, True])
-def test_linear_sum_assignment_is_scipys_errors_included(cost, maximize: bool) -> None:
+def test_linear_sum_assignment_is_scipys_errors_included(each_backend: str, cost, maximize: bool) -> None:
     try:
         expected = scipy.optimize.linear_sum_assignment(cost, maximize)
     except (ValueError, TypeError) as error:
@@ -386,6 +386,46 @@ def test_linear_sum_assignment_is_scipys_errors_included(cost, maximize: bool) -
     for ours, scipys in zip(found, expected, strict=True):
         assert isinstance(ours, np.ndarray) and ours.dtype == np.int64
         np.testing.assert_array_equal(ours, scipys)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (8, 6), (6, 8), (22, 20), (20, 22), (64, 64), (300, 50)])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64, np.int16])
+def test_linear_sum_assignment_finds_scipys_pairs(each_backend: str, shape: tuple[int, int], dtype: type) -> None:
+    random = np.random.default_rng(3)
+    for _ in range(10):
+        cost = (random.random(shape) * 100).astype(dtype)
+        for matrix in (cost, cost[::-1, ::-1], np.asfortranarray(cost)):
+            expected = scipy.optimize.linear_sum_assignment(matrix)
+            np.testing.assert_array_equal(fastris.linear_sum_assignment(matrix), expected)
+            tensor = torch.from_numpy(matrix.copy(order="K"))
+            np.testing.assert_array_equal(torch.stack(fastris.linear_sum_assignment(tensor)), expected)
+
+
+def test_linear_sum_assignment_writes_arrays_of_its_own() -> None:
+    cost = np.random.default_rng(4).random((5, 3))
+    before = cost.copy()
+    first, second = fastris.linear_sum_assignment(cost), fastris.linear_sum_assignment(cost)
+    first[0][:] = first[1][:] = -1
+    assert (cost == before).all() and (np.array(second) >= 0).all()
+
+
+def test_linear_sum_assignment_runs_in_four_threads_at_once() -> None:
+    random = np.random.default_rng(5)
+    costs = [random.random((int(random.integers(1, 60)), int(random.integers(1, 60)))) for _ in range(400)]
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(fastris.linear_sum_assignment, costs))
+    for pairs, cost in zip(found, costs, strict=True):
+        np.testing.assert_array_equal(pairs, scipy.optimize.linear_sum_assignment(cost))
+
+
+def test_what_the_extension_is_given_has_its_size() -> None:
+    if backend.native_error() is not None:
+        pytest.skip("the extension is not loaded")
+    for cost, rows, cols in ((bytes(7), 1, 1), (bytes(16), 1, 1), (b"", 1, 1), (b"", -1, 0), (b"", 2**30, 0)):
+        with pytest.raises(ValueError, match="assign_matrix: cost must be rows x cols doubles"):
+            backend.extension().assign_matrix(cost, rows, cols, False)
+    with pytest.raises(TypeError):
+        backend.extension().assign_matrix(bytearray(8), 1, 1, False)
 
 
 def test_linear_sum_assignment_of_a_tensor_gives_tensors() -> None:
