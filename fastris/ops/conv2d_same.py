@@ -164,8 +164,10 @@ def channels_last(tensor: Tensor) -> Tensor:
 
 def empty_channels_last(maps: Tensor, channels: int) -> Tensor:
     """Memory for (B, channels, H, W), channels_last, of maps (B, ·, H, W)."""
-    batch, _, height, width = maps.shape
-    return maps.new_empty(batch, height, width, channels).permute(0, 3, 1, 2)
+    batch, _, *size = maps.shape
+    return torch.empty(
+        (batch, channels, *size), dtype=maps.dtype, device=maps.device, memory_format=torch.channels_last
+    )
 
 
 # Kernels

@@ -226,6 +226,15 @@ def test_a_bias_of_any_strides_or_of_another_dtype() -> None:
             conv2d_same(torch.randn(shape), weight, torch.randn(32).double())
 
 
+def test_results_may_be_changed_in_place() -> None:
+    x, weight = torch.randn(2, 8, 32, 32, requires_grad=True), torch.randn(8, 8, 3, 3)
+    with torch.no_grad():
+        expected = torch.autograd.functional.vjp(lambda one: conv2d_same(one, weight).relu(), x, torch.ones_like(x))
+    y = conv2d_same(x, weight).relu_()
+    y.sum().backward()
+    assert torch.equal(y, expected[0]) and torch.equal(x.grad, expected[1])
+
+
 def test_no_channels_come_out() -> None:
     layout = torch.channels_last
     x, grad = (torch.zeros(2, c, 8, 8).contiguous(memory_format=layout) for c in (8, 0))
