@@ -58,9 +58,10 @@ void solve_batch(const AssignmentBatch<T>& batch, int64_t B, SolveImages<T> solv
   // A thread takes its own share, in parts, and then what is left of the others': one that wakes late has less to do.
   const int64_t cost = cost_of(n, m), least = std::max<int64_t>(1, kLeastAtATime / cost);
   const int64_t threads = std::clamp<int64_t>(B * cost / kLeastOfThread, 1, torch::stable::get_num_threads());
-  struct alignas(kCacheLine) Share {
+  struct Share {
     std::atomic<int64_t> next;
     int64_t end;
+    char apart[kCacheLine - 2 * sizeof(int64_t)];  // from the next; aligned memory takes longer to get
   };
   std::vector<Share> shares(static_cast<size_t>(threads));
   for (int64_t i = 0; i < threads; ++i) {

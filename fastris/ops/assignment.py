@@ -100,12 +100,13 @@ def assignment(
     """
     if not isinstance(cost, Tensor):
         raise TypeError(f"assignment: cost must be a tensor, got {type(cost).__name__}")
-    if cost.dim() != 3 or cost.dtype.is_complex:
+    as_it_is = cost.dtype in (torch.float32, torch.float64)
+    if cost.dim() != 3 or not as_it_is and cost.is_complex():
         raise ValueError(f"assignment: cost must be real (B,P,G), got {describe(cost)}")
     if cost.requires_grad:
         cost = cost.detach()
-    if cost.dtype not in (torch.float32, torch.float64):
-        cost = _widened(cost)
+    if not as_it_is:  # without rounding: halves fit fp32, integers up to 53 bits fit fp64
+        cost = cost.to(torch.float32 if cost.is_floating_point() else torch.float64)
     # "auto" is what the dispatcher does anyway, sooner than Python can ask for the device.
     native = backend.active_backend() == "auto" or backend.runs_native("assignment", cost.device.type)
     operator = _assignment if native else _assignment_reference
@@ -172,8 +173,3 @@ def _solve_matrix(matrix: Array, maximize: bool) -> tuple[Array, Array]:
     col_of_row = solution.col_of_row.numpy()[0]
     row_ind = np.flatnonzero(col_of_row >= 0)
     return row_ind, col_of_row[row_ind]
-
-
-def _widened(cost: Tensor) -> Tensor:
-    """fp32 or fp64 without rounding: halves fit fp32, integers up to 53 bits fit fp64."""
-    return cost.to(torch.float32 if cost.is_floating_point() else torch.float64)
