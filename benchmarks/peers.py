@@ -115,7 +115,7 @@ def _assignment_operator(cost: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _linear_sum_assignment_loop(cost: Tensor) -> Pairs:
-    return [fastris.linear_sum_assignment(matrix) for matrix in cost]
+    return [fastris.linear_sum_assignment(matrix) for matrix in cost.numpy()]
 
 
 def _first(result: Any, *_: Any) -> Tensor:
