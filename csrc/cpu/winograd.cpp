@@ -156,7 +156,7 @@ struct ConvolveKernel {
   FASTRIS_INLINE void run() const {
     const int64_t n = padded(out), input_place = skewed(kStrip * in), product_place = skewed(kStrip * kPanel);
     const Lanes<T> zeros = new_zeros<T>(in);
-    const Lanes<float> inputs = new_zeros<float>(places * input_place);
+    const Lanes<float> inputs = new_lanes<float>(places * input_place);  // rows beyond the tiles have results beyond them
     const Lanes<float> products = new_lanes<float>(places * product_place);
     for (int64_t strip = begin; strip < end; ++strip) {
       const int64_t first = strip * kStrip, count = std::min(kStrip, tiles.count - first);
@@ -185,7 +185,7 @@ struct WeightGradientKernel {
   int64_t in, out;
   const T* x;
   const T* dy;
-  float* sums;  // [part][panel][place][in rounded up to whole blocks][column], zeros at first
+  float* sums;  // [part][panel][place][in rounded up to whole blocks][column]
   int64_t begin, end;  // tasks
 
   int64_t panels() const { return std::max<int64_t>(1, (padded(out) + kPanel - 1) / kPanel); }
@@ -207,10 +207,13 @@ struct WeightGradientKernel {
     const int64_t n = padded(out), m = whole_rows(in);
     const int64_t input_place = skewed(kGradientStrip * m), gradient_place = skewed(kGradientStrip * kPanel);
     const Lanes<T> zeros = new_zeros<T>(std::max(in, out));
-    const Lanes<float> inputs = new_zeros<float>(places * input_place);
-    const Lanes<float> gradients = new_zeros<float>(places * gradient_place);
+    const Lanes<float> inputs = new_lanes<float>(places * input_place);  // so do channels beyond those of x and dy
+    const Lanes<float> gradients = new_lanes<float>(places * gradient_place);
     const int64_t strips = (tiles.count + kGradientStrip - 1) / kGradientStrip;
-    for (int64_t strip = strips * part / parts(); strip < strips * (part + 1) / parts(); ++strip) {
+    const int64_t first_strip = strips * part / parts(), last_strip = strips * (part + 1) / parts();
+    float* part_sums = sums + part * part_size();
+    if (first_strip == last_strip) std::fill(part_sums + left * places * m, part_sums + padded(right) * places * m, 0.0f);
+    for (int64_t strip = first_strip; strip < last_strip; ++strip) {
       const int64_t first = strip * kGradientStrip, count = std::min(kGradientStrip, tiles.count - first);
       transform_inputs<Bytes, Filter>({tiles, first, count, in, in, m, input_place}, x, zeros.get(), inputs.get());
       for (int64_t p = left; p < right; p += kPanel) {
@@ -219,9 +222,10 @@ struct WeightGradientKernel {
             {tiles, first, count, out, std::min(kPanel, out - p), columns, gradient_place}, dy + p, zeros.get(),
             gradients.get());
         for (int64_t place = 0; place < places; ++place) {
+          float* to = part_sums + (p * places + place * columns) * m;
+          if (strip == first_strip) std::fill_n(to, m * columns, 0.0f);
           multiply<Bytes, true>(
-              m, columns, count, inputs.get() + place * input_place, 1, m, gradients.get() + place * gradient_place,
-              sums + part * part_size() + (p * places + place * columns) * m);
+              m, columns, count, inputs.get() + place * input_place, 1, m, gradients.get() + place * gradient_place, to);
         }
       }
     }
@@ -380,7 +384,7 @@ Tensor winograd_weight_gradient(Tensor x, Tensor dy, int64_t side) {
     using T = decltype(of_type);
     WeightGradientKernel<decltype(filter), T> kernel{
         Tiles(filter.side, x), in, out, data<T>(x), data<T>(dy), nullptr, 0, 0};
-    const Lanes<float> sums = new_zeros<float>(kernel.parts() * kernel.part_size());
+    const Lanes<float> sums = new_lanes<float>(kernel.parts() * kernel.part_size());
     kernel.sums = sums.get();
     run_parallel(kernel, kernel.parts() * kernel.panels(), 1);
     const SumKernel<decltype(filter)> sum{

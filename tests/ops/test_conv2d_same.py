@@ -29,6 +29,7 @@ SHAPES = [  # B, in, out, H, W
     (1, 64, 48, 40, 33),  # more tiles than the strips of any part
     (3, 25, 34, 23, 18),  # the fewest channels for tiles of 4×4
     (2, 128, 33, 32, 32),  # sums made of several
+    (1, 30, 16, 32, 33),  # fewer strips of tiles than parts of the weight's gradient
     (1, 8, 16, 1, 50),  # too small for Winograd
 ]
 
