@@ -4,7 +4,6 @@
 #include "cpu/assign_matrix.h"
 
 #include <cstdint>
-#include <new>
 
 #ifndef FASTRIS_CUDA_ARCHS
 #define FASTRIS_CUDA_ARCHS ""
@@ -50,7 +49,7 @@ PyObject* assign_matrix(PyObject*, PyObject* arguments) {
     Py_BEGIN_ALLOW_THREADS;
     try {
       status = fastris::assign_matrix(from, rows, cols, maximize != 0, to);
-    } catch (const std::bad_alloc&) {
+    } catch (...) {  // nothing else can be wanting
       enough_memory = false;
     }
     Py_END_ALLOW_THREADS;

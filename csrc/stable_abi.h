@@ -59,9 +59,7 @@ inline Tensor empty_on(const Tensor& like, const std::vector<int64_t>& sizes, Sc
 
 // (B, C, H, W) in channels_last, uninitialised.
 inline Tensor empty_channels_last(const Tensor& like, int64_t B, int64_t C, int64_t H, int64_t W, ScalarType type) {
-  const auto step = [](int64_t size) { return size > 1 ? size : 1; };
-  const int64_t column = step(C), row = step(W) * column, image = step(H) * row;
-  return empty_strided_on(like, {B, C, H, W}, {image, 1, row, column}, type);
+  return empty_strided_on(like, {B, C, H, W}, {H * W * C, 1, W * C, C}, type);
 }
 
 }  // namespace fastris

@@ -57,7 +57,8 @@ void solve_batch(const AssignmentBatch<T>& batch, int64_t B, SolveImages<T> solv
   const size_t bytes = static_cast<size_t>(scratch_bytes(n, m) + kCacheLine);
   // A thread takes its own share, in parts, and then what is left of the others': one that wakes late has less to do.
   const int64_t cost = cost_of(n, m), least = std::max<int64_t>(1, kLeastAtATime / cost);
-  const int64_t threads = std::clamp<int64_t>(B * cost / kLeastOfThread, 1, torch::stable::get_num_threads());
+  const int64_t most = std::min(B, B * cost / kLeastOfThread);
+  const int64_t threads = std::clamp<int64_t>(most, 1, torch::stable::get_num_threads());
   struct Share {
     std::atomic<int64_t> next;
     int64_t end;
@@ -68,19 +69,21 @@ void solve_batch(const AssignmentBatch<T>& batch, int64_t B, SolveImages<T> solv
     shares[i].next = B * i / threads;
     shares[i].end = B * (i + 1) / threads;
   }
-  torch::stable::parallel_for(0, threads, 1, [&](int64_t first, int64_t) {
+  const auto take_shares = [&](int64_t first, int64_t) {
     thread_local std::vector<char> memory;  // grows to the largest matrix that a thread has seen
-    if (memory.size() < bytes) memory = std::vector<char>(bytes);
-    char* aligned = memory.data() + (kCacheLine - reinterpret_cast<uintptr_t>(memory.data()) % kCacheLine);
     const AssignmentBatch<T> mine = batch;  // not on a cache line of another thread's stack
     for (int64_t i = 0; i < threads; ++i) {
       Share& share = shares[(first + i) % threads];
       const int64_t end = share.end;
       for (int64_t begin; (begin = share.next.fetch_add(least)) < end;) {
+        if (memory.size() < bytes) memory = std::vector<char>(bytes);
+        char* aligned = memory.data() + (kCacheLine - reinterpret_cast<uintptr_t>(memory.data()) % kCacheLine);
         solve(mine, begin, std::min(end, begin + least), aligned);
       }
     }
-  });
+  };
+  if (threads == 1) return take_shares(0, 1);  // which can be done after a fork
+  torch::stable::parallel_for(0, threads, 1, take_shares);
 }
 
 template <typename T>

@@ -77,8 +77,8 @@ FASTRIS_INLINE int32_t solve_image(const AssignmentBatch<T>& batch, int64_t b, c
   const bool transposed = cols < rows;
   const int64_t n = transposed ? cols : rows, m = transposed ? rows : cols;
   const CostView<T> as_solved = transposed ? cost.transposed() : cost;
-  auto* costs = reinterpret_cast<Solved<N, T>*>(scratch + solver_bytes(std::min(batch.P, batch.G), std::max(batch.P, batch.G)));
-  const Packed<Solved<N, T>> packed{costs, round_up(m, N < 8 ? 8 : N), n, m};
+  char* costs = scratch + solver_bytes(std::min(batch.P, batch.G), std::max(batch.P, batch.G));
+  const Packed<Solved<N, T>> packed{reinterpret_cast<Solved<N, T>*>(costs), round_up(m, N < 8 ? 8 : N), n, m};
   using Lanes = VectorLanes<N>;
   const AssignmentWorkspace<typename Lanes::Index> work(scratch, round_up(n, N), packed.row_length);
   fetch(as_solved, n, m);

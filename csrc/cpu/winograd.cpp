@@ -156,7 +156,7 @@ struct ConvolveKernel {
   FASTRIS_INLINE void run() const {
     const int64_t n = padded(out), input_place = skewed(kStrip * in), product_place = skewed(kStrip * kPanel);
     const Lanes<T> zeros = new_zeros<T>(in);
-    const Lanes<float> inputs = new_lanes<float>(places * input_place);  // rows beyond the tiles have results beyond them
+    const Lanes<float> inputs = new_lanes<float>(places * input_place);  // beyond the tiles anything: no result comes of it
     const Lanes<float> products = new_lanes<float>(places * product_place);
     for (int64_t strip = begin; strip < end; ++strip) {
       const int64_t first = strip * kStrip, count = std::min(kStrip, tiles.count - first);
@@ -185,7 +185,7 @@ struct WeightGradientKernel {
   int64_t in, out;
   const T* x;
   const T* dy;
-  float* sums;  // [part][panel][place][in rounded up to whole blocks][column]
+  float* sums;  // [part][panel][place][in rounded up to whole blocks][column], of which in × out mean something
   int64_t begin, end;  // tasks
 
   int64_t panels() const { return std::max<int64_t>(1, (padded(out) + kPanel - 1) / kPanel); }
@@ -207,7 +207,8 @@ struct WeightGradientKernel {
     const int64_t n = padded(out), m = whole_rows(in);
     const int64_t input_place = skewed(kGradientStrip * m), gradient_place = skewed(kGradientStrip * kPanel);
     const Lanes<T> zeros = new_zeros<T>(std::max(in, out));
-    const Lanes<float> inputs = new_lanes<float>(places * input_place);  // so do channels beyond those of x and dy
+    // Beyond the channels of x and dy these hold anything, and so do the sums.
+    const Lanes<float> inputs = new_lanes<float>(places * input_place);
     const Lanes<float> gradients = new_lanes<float>(places * gradient_place);
     const int64_t strips = (tiles.count + kGradientStrip - 1) / kGradientStrip;
     const int64_t first_strip = strips * part / parts(), last_strip = strips * (part + 1) / parts();

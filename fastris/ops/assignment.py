@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fastris import backend, reference
 from fastris.ops.arguments import check_counts, describe
+from fastris.ops.autograd import plain, untransformed
 from fastris.reference.assignment import INFEASIBLE, INVALID, Assignment
 
 __all__ = ["INFEASIBLE", "INVALID", "Assignment", "assignment", "linear_sum_assignment"]
@@ -134,7 +135,7 @@ def linear_sum_assignment(cost: Any, maximize: bool = False) -> tuple[Any, Any]:
     """
     if isinstance(cost, Tensor):
         _check_matrix(cost.is_complex(), cost.dim())
-        if cost.device.type == "cpu":
+        if cost.device.type == "cpu" and untransformed() and plain((cost,)):
             pairs = _solve_matrix(cost.to(torch.float64).numpy(force=True), maximize)
             return torch.from_numpy(pairs[0]), torch.from_numpy(pairs[1])
         solution = assignment(cost[None], maximize=maximize)

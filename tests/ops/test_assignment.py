@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
@@ -416,6 +419,64 @@ def test_linear_sum_assignment_runs_in_four_threads_at_once() -> None:
         found = list(pool.map(fastris.linear_sum_assignment, costs))
     for pairs, cost in zip(found, costs, strict=True):
         np.testing.assert_array_equal(pairs, scipy.optimize.linear_sum_assignment(cost))
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.trace:DeprecationWarning")
+def test_linear_sum_assignment_in_what_torch_differentiates_traces_and_extends() -> None:
+    cost = torch.eye(3)
+
+    def total(scale: torch.Tensor) -> torch.Tensor:
+        return (cost * scale)[fastris.linear_sum_assignment(cost * scale, maximize=True)].sum()
+
+    assert torch.func.grad(total)(torch.tensor(2.0)) == 3
+
+    def columns(one: torch.Tensor) -> torch.Tensor:
+        return fastris.linear_sum_assignment(one, maximize=True)[1]
+
+    with pytest.warns(torch.jit.TracerWarning, match="integer"):  # the errors are read as the trace is made
+        traced = torch.jit.trace(columns, cost, check_trace=False)
+    assert traced(cost.flip(1)).tolist() == [2, 1, 0]
+
+    class Marked(torch.Tensor):
+        pass
+
+    assert all(isinstance(one, Marked) for one in fastris.linear_sum_assignment(cost.as_subclass(Marked)))
+
+
+ALONE = """
+import os, resource, signal, sys
+import numpy as np, torch
+import fastris
+
+torch.set_num_threads(2)
+cost = np.random.default_rng(0).random((int(sys.argv[2]),) * 2)
+fastris.linear_sum_assignment(np.eye(120))
+if sys.argv[1] == "memory":
+    with open("/proc/self/statm") as file:
+        taken = int(file.read().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (taken + 3 * cost.nbytes // 2, resource.RLIM_INFINITY))
+    try:
+        fastris.linear_sum_assignment(cost)
+    except MemoryError:
+        print("MemoryError")
+else:
+    child = os.fork()
+    if child == 0:
+        signal.alarm(20)
+        fastris.linear_sum_assignment(cost)
+        os._exit(0)
+    print(os.waitpid(child, 0)[1])
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="of Linux's /proc and fork")
+@pytest.mark.skipif(backend.native_error() is not None, reason="fastris._C is not built")
+@pytest.mark.parametrize(("what", "size", "expected"), [("memory", "3000", "MemoryError"), ("fork", "120", "0")])
+def test_linear_sum_assignment_runs_out_of_memory_and_forks_as_scipys_does(what: str, size: str, expected: str) -> None:
+    if "libasan" in os.environ.get("LD_PRELOAD", ""):
+        pytest.skip("AddressSanitizer takes memory of its own")
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", ALONE, what, size], capture_output=True, text=True)
+    assert done.stdout.strip() == expected, done.stderr
 
 
 def test_what_the_extension_is_given_has_its_size() -> None:
