@@ -138,11 +138,7 @@ def linear_sum_assignment(cost: Any, maximize: bool = False) -> tuple[Any, Any]:
         if cost.device.type == "cpu" and untransformed() and plain((cost,)):
             pairs = _solve_matrix(cost.to(torch.float64).numpy(force=True), maximize)
             return torch.from_numpy(pairs[0]), torch.from_numpy(pairs[1])
-        solution = assignment(cost[None], maximize=maximize)
-        _check_status(int(solution.status))
-        col_of_row = solution.col_of_row[0]
-        row_ind = (col_of_row >= 0).nonzero()[:, 0]
-        return row_ind, col_of_row[row_ind]
+        return _solve_by_operator(cost, maximize)
     is_complex = np.iscomplexobj(cost)
     matrix = np.asarray(cost, dtype=None if is_complex else np.float64)
     _check_matrix(is_complex, matrix.ndim)
@@ -169,8 +165,13 @@ def _solve_matrix(matrix: Array, maximize: bool) -> tuple[Array, Array]:
         status, *pairs = backend.extension().assign_matrix(matrix.tobytes(), *matrix.shape, maximize)
         _check_status(status)
         return np.frombuffer(pairs[0], np.int64), np.frombuffer(pairs[1], np.int64)
-    solution = assignment(torch.from_numpy(matrix.copy())[None], maximize=maximize)
+    row_ind, col_ind = _solve_by_operator(torch.from_numpy(matrix.copy()), maximize)
+    return row_ind.numpy(), col_ind.numpy()
+
+
+def _solve_by_operator(cost: Tensor, maximize: bool) -> tuple[Tensor, Tensor]:
+    solution = assignment(cost[None], maximize=maximize)
     _check_status(int(solution.status))
-    col_of_row = solution.col_of_row.numpy()[0]
-    row_ind = np.flatnonzero(col_of_row >= 0)
+    col_of_row = solution.col_of_row[0]
+    row_ind = (col_of_row >= 0).nonzero()[:, 0]
     return row_ind, col_of_row[row_ind]
