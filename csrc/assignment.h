@@ -105,6 +105,14 @@ class AssignmentSolver {
   // and by the exchange property no later row could have helped it. Returns whether there was none. The first `settled`
   // rows have their nearest columns, all different, in `col_of_row`, and those distances in `dual_row`.
   FASTRIS_INLINE bool solve(int32_t settled = 0) {
+    begin(settled);
+    bool complete = true;
+    for (int32_t row = settled; row < n_; ++row) complete &= match(row);
+    return complete;
+  }
+
+ protected:
+  FASTRIS_INLINE void begin(int32_t settled) {
     const Indices unmatched = Lanes::all(static_cast<Index>(-1));
     for (int32_t base = 0; base < padded_m_; base += Lanes::width) {
       const Indices home = Lanes::all(static_cast<Index>(m_ - 1)) - Lanes::numbers(base);
@@ -121,34 +129,21 @@ class AssignmentSolver {
       take(col, work_.dual_row[row]);
     }
     Lanes::sync();
-    bool complete = true;
-    for (int32_t row = settled; row < n_; ++row) complete &= match(row);
-    return complete;
   }
 
- private:
   // Matches one more row; false where forbidden edges leave it no way to a free column.
   FASTRIS_INLINE bool match(int32_t start) {
     double reached = reach_from(start);
     if (reached == INFINITY) return false;
     Index key = best_key(reached);
     if (key >= m_) {  // most rows end here: their nearest column is free
-      const Index col = work_.open[key - m_];
-      if (Lanes::leader()) {
-        work_.dual_row[start] = reached;
-        work_.col_of_row[start] = col;
-        work_.row_of_col[col] = start;
-      }
-      take(col, reached);
-      Lanes::sync();
+      match_at_once(start, key, reached);
       return true;
     }
 
     // Grow the tree of shortest paths over taken columns until the nearest open column is a free one. Each matched row
     // joins once, which bounds the loop.
-    for (int32_t base = 0; base < padded_m_; base += Lanes::width) {
-      Lanes::store(work_.row_before, base, Lanes::all(static_cast<Index>(start)));
-    }
+    plant(start);
     int32_t size = 0;
     while (key < m_ && size < start) {
       const Index row = join(size, -key, reached);
@@ -157,6 +152,32 @@ class AssignmentSolver {
       if (reached == INFINITY) break;
       key = best_key(reached);
     }
+    joined_ += size;
+    finish(start, size, key, reached);
+    return key >= m_;
+  }
+
+  // With its nearest column, which is free.
+  FASTRIS_INLINE void match_at_once(int32_t start, Index key, double reached) {
+    const Index col = work_.open[key - m_];
+    if (Lanes::leader()) {
+      work_.dual_row[start] = reached;
+      work_.col_of_row[start] = col;
+      work_.row_of_col[col] = start;
+    }
+    take(col, reached);
+    Lanes::sync();
+  }
+
+  // The tree is its root.
+  FASTRIS_INLINE void plant(int32_t start) {
+    for (int32_t base = 0; base < padded_m_; base += Lanes::width) {
+      Lanes::store(work_.row_before, base, Lanes::all(static_cast<Index>(start)));
+    }
+  }
+
+  // Takes a tree of this size down; if its nearest column has the key of a free one, the root's row is matched.
+  FASTRIS_INLINE void finish(int32_t start, int32_t size, Index key, double reached) {
     const bool found = key >= m_;
     const Index sink = found ? work_.open[key - m_] : -1;
     Lanes::sync();  // before the list is put in order again
@@ -168,7 +189,6 @@ class AssignmentSolver {
     }
     Lanes::sync();
     if (found) take(sink, reached);
-    return found;
   }
 
   // Distances from a row that is not matched yet; returns the least.
@@ -209,7 +229,9 @@ class AssignmentSolver {
   // Moves the taken column at a place of the list into the tree, and the list's last column to its place. Returns the
   // column's row.
   FASTRIS_INLINE Index join(int32_t size, Index pos, double reached) {
-    const Index col = work_.open[pos];
+    return join(size, pos, work_.open[pos], reached);
+  }
+  FASTRIS_INLINE Index join(int32_t size, Index pos, Index col, double reached) {
     const Index moved = work_.open[m_ - 1 - size];
     const Index row = work_.row_of_col[col];
     Lanes::sync();  // all lanes have read what the leader now changes
@@ -262,6 +284,7 @@ class AssignmentSolver {
   Cost cost_;
   AssignmentWorkspace<Index> work_;
   int32_t n_, m_, padded_m_;
+  int64_t joined_ = 0;  // in all searches
 };
 
 }  // namespace

@@ -121,6 +121,19 @@ struct VectorLanes {
     return greatest(best);
   }
 
+  // The lanes of a mask, a bit each.
+  static FASTRIS_INLINE uint64_t bits(Indices mask) {
+#if defined(__AVX512DQ__)
+    if constexpr (N == 8) return _mm512_movepi64_mask(reinterpret_cast<__m512i>(mask));
+#endif
+#if defined(__AVX__)
+    if constexpr (N == 4) return static_cast<uint64_t>(_mm256_movemask_pd(reinterpret_cast<__m256d>(mask)));
+#endif
+    uint64_t result = 0;
+    for (int k = 0; k < N; ++k) result |= static_cast<uint64_t>(mask[k] & 1) << k;
+    return result;
+  }
+
   static FASTRIS_INLINE void sync() {}
   static FASTRIS_INLINE bool leader() { return true; }
   static FASTRIS_INLINE int32_t lane() { return 0; }

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "assignment_greedy.h"
+#include "assignment_near.h"
 
 #include <type_traits>
 
@@ -42,12 +43,16 @@ constexpr int64_t kMostLanes = 128;
 template <int N, typename T>
 using Solved = std::conditional_t<(N < 32), double, T>;
 
-// Scratch for any matrix of a batch with any number of lanes: what the solver needs, then the packed costs.
+// Scratch for any matrix of a batch with any number of lanes: of the solver, the packed costs, and near columns.
 inline int64_t solver_bytes(int64_t n, int64_t m) {
   return round_up(AssignmentWorkspace<int64_t>::bytes(round_up(n, kMostLanes), round_up(m, kMostLanes)), kCacheLine);
 }
+inline int64_t packed_bytes(int64_t n, int64_t m) {
+  return n * round_up(m, kMostLanes) * static_cast<int64_t>(sizeof(double));
+}
 inline int64_t scratch_bytes(int64_t n, int64_t m) {
-  return solver_bytes(n, m) + n * round_up(m, kMostLanes) * static_cast<int64_t>(sizeof(double));
+  const int64_t near = NearWorkspace::serves(n, m) ? NearWorkspace::bytes(n, round_up(m, kMostLanes)) : 0;
+  return solver_bytes(n, m) + packed_bytes(n, m) + near;
 }
 
 // Asks for a whole matrix in the order in which it lies in memory: what reads its columns side by side jumps, which the
@@ -63,6 +68,24 @@ FASTRIS_INLINE void fetch(const CostView<T>& cost, int64_t n, int64_t m) {
   } else {
     for (int64_t i = 0; i < length; i += line) __builtin_prefetch(cost.data + i, 0, 2);
   }
+}
+
+// A function of its own, so that the compiler makes small matrices no slower.
+template <int N>
+__attribute__((noinline)) bool solve_large(
+    PackedCost<double> cost, AssignmentWorkspace<int64_t> work, int32_t n, int32_t m, int32_t settled, char* scratch) {
+  return NearSolver<VectorLanes<N>>(cost, work, NearWorkspace(scratch, n, cost.row_length), n, m).solve(settled);
+}
+
+template <int N, typename T>
+FASTRIS_INLINE bool solve_packed(
+    const Packed<T>& packed, const AssignmentWorkspace<int64_t>& work, int32_t settled, char* scratch) {
+  const PackedCost<T> cost{packed.data, packed.row_length};
+  const int32_t n = static_cast<int32_t>(packed.n), m = static_cast<int32_t>(packed.m);
+  if constexpr (N < 32) {
+    if (NearWorkspace::serves(n, m)) return solve_large<N>(cost, work, n, m, settled, scratch);
+  }
+  return AssignmentSolver<VectorLanes<N>, PackedCost<T>>(cost, work, n, m).solve(settled);
 }
 
 template <int N, typename T>
@@ -89,9 +112,8 @@ FASTRIS_INLINE int32_t solve_image(const AssignmentBatch<T>& batch, int64_t b, c
       replace_invalid(packed);
       status |= kAssignmentInvalid;
     }
-    AssignmentSolver<Lanes, PackedCost<Solved<N, T>>> solver(
-        {packed.data, packed.row_length}, work, static_cast<int32_t>(n), static_cast<int32_t>(m));
-    if (!solver.solve(static_cast<int32_t>(settled))) status |= kAssignmentInfeasible;
+    const bool complete = solve_packed<N>(packed, work, static_cast<int32_t>(settled), costs + packed_bytes(n, m));
+    if (!complete) status |= kAssignmentInfeasible;
   }
   for (int64_t row = 0; row < n; ++row) {
     const int64_t col = work.col_of_row[row];

@@ -131,6 +131,41 @@ def test_matrices_wider_than_the_lanes(family: str, shape: tuple[int, int], lane
     assert torch.equal(status, expected.status)
 
 
+LARGE_FAMILIES = FAMILIES | {
+    "price war": lambda random, shape: 1e-3 * random.random(shape) + (random.random(shape[1]) < 0.5),
+    "points": lambda random, shape: distances(random.random((shape[0], 2)), random.random((shape[1], 2))),
+    "points of a grid": lambda random, shape: distances(
+        random.integers(0, 30, (shape[0], 2)), random.integers(0, 30, (shape[1], 2))
+    ),
+    "thousands": lambda random, shape: random.integers(0, 1000, shape).astype(float),
+    "uneven columns": lambda random, shape: random.random(shape) * np.exp(5 * random.normal(size=shape[1])),
+    "equal rows": lambda random, shape: np.repeat(random.random((shape[0] // 4 + 1, shape[1])), 4, axis=0)[: shape[0]],
+    "far from zero": lambda random, shape: random.random(shape) + random.choice([1e6, -1e9, 1e12]),
+    "few finite": lambda random, shape: np.where(random.random(shape) < 0.95, INF, random.random(shape)),
+}
+
+
+def distances(some: np.ndarray, others: np.ndarray) -> np.ndarray:
+    return np.abs(some[:, None] - others[None]).sum(2).astype(float)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("shape", [(256, 256), (300, 280), (150, 256)])
+@pytest.mark.parametrize("family", sorted(LARGE_FAMILIES))
+def test_near_columns_are_enough(family: str, shape: tuple[int, int], dtype: torch.dtype) -> None:
+    random = np.random.default_rng(7)
+    with np.errstate(over="ignore", invalid="ignore"):
+        cost = torch.from_numpy(np.stack([LARGE_FAMILIES[family](random, shape) for _ in range(2)])).to(dtype)
+        expected = reference.assignment(cost)
+    for lanes in (2, 4, 8):
+        try:
+            col_of_row, status = torch.ops.fastris.assignment_lanes(cost, None, None, False, lanes)
+        except RuntimeError:
+            continue
+        assert torch.equal(col_of_row, expected.col_of_row)
+        assert torch.equal(status, expected.status)
+
+
 def test_lanes_that_no_machine_has_are_refused() -> None:
     with pytest.raises(RuntimeError, match="does not have 7 lanes"):
         torch.ops.fastris.assignment_lanes(torch.zeros(1, 1, 1), None, None, False, 7)
