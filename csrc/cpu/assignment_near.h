@@ -1,10 +1,11 @@
 // Shortest augmenting paths over the near columns of each row, with the very results of looking at all columns.
 //
 // Late rows of a large matrix let hundreds of matched rows join their tree, while of each of these few columns are near
-// enough to matter. So each row keeps its near columns: those whose distance, cost less dual, is below a bound. Duals only
-// fall, so that the others stay beyond it. Until what is reached gets as far as the bound of a row in the tree, no other
-// column of that row can be reached next. Once it does the row is widened, that is, looked at as a whole, and gets new near
-// columns after the search. Bounds are compared with a margin for rounding; all that decides is in SciPy's arithmetic.
+// enough to matter. So each row keeps its near columns: those whose distance, cost less dual, is below a bound. Duals
+// only fall, so that the others stay beyond it. Until what is reached gets as far as the bound of a row in the tree, no
+// other column of that row can be reached next. Once it does, the row is widened: it is looked at as a whole, and gets
+// new near columns after the search. Bounds are compared with a margin for rounding; all that decides is in SciPy's
+// arithmetic.
 #pragma once
 
 #include "../assignment.h"
@@ -24,6 +25,13 @@ struct NearColumns {
   double lower_bound, bound;
   double cost[most];
   int32_t col[most];
+
+  // Asks for what a search reads first.
+  FASTRIS_INLINE void fetch() const {
+    __builtin_prefetch(this);
+    __builtin_prefetch(cost + 5);
+    __builtin_prefetch(col);
+  }
 };
 
 // The nearest open column; of several the one with the largest key.
@@ -42,6 +50,7 @@ struct Nearest {
 // Scratch of a search among near columns beside that of the solver.
 struct NearWorkspace {
   static constexpr int64_t block = 32;  // columns
+  static constexpr int64_t blocks_together = 8;
 
   NearColumns* near;  // [n]
   double* least;  // [blocks] distance of the columns of a block
@@ -49,10 +58,10 @@ struct NearWorkspace {
   int64_t* joined;  // [n] of a row in the tree: its place in that order
   int64_t* widened;  // [n] rows that were looked at as a whole in this search
 
-  // Below these a row is looked at as quickly. The rest of a large matrix's time goes to those that join.
+  // Smaller ones are looked at as a whole as quickly.
   static bool serves(int64_t n, int64_t m) { return n >= 128 && m >= 256; }
 
-  static int64_t blocks(int64_t padded_m) { return round_up(padded_m, 8 * block) / block; }
+  static int64_t blocks(int64_t padded_m) { return round_up(padded_m, blocks_together * block) / block; }
 
   static int64_t bytes(int64_t n, int64_t padded_m) {
     return n * static_cast<int64_t>(sizeof(NearColumns) + sizeof(double) + 2 * sizeof(int64_t)) +
@@ -99,8 +108,8 @@ class NearSolver : AssignmentSolver<Lanes, PackedCost<double>> {
   }
 
  private:
-  // Whether it pays to find the near columns of all rows before this one: at four times the average so far, for rows are
-  // the harder to match the later they come, what is left lets each of them join once.
+  // Whether it pays to find the near columns of all rows before this one: at four times the average so far, for rows
+  // are the harder to match the later they come, what is left lets each of them join once.
   FASTRIS_INLINE bool worthwhile(int64_t row) const {
     return this->joined_ > n_ / 4 && 4 * this->joined_ * (n_ - row) > n_ * row;
   }
@@ -119,7 +128,7 @@ class NearSolver : AssignmentSolver<Lanes, PackedCost<double>> {
   }
 
   // Those of a row whose distances have just been computed: of the nearest ones of 32 groups of columns, about half are
-  // below their mean, and so are some 30 columns. Where costs are so uneven that they are too many, of a smaller bound.
+  // below their mean, and so are some 30 columns. Where costs are so uneven that they are too many, of a lower bound.
   FASTRIS_INLINE void choose(int32_t row) const {
     constexpr int32_t vectors = kGroups / Lanes::width;
     Reals group[vectors];
@@ -167,7 +176,7 @@ class NearSolver : AssignmentSolver<Lanes, PackedCost<double>> {
         below |= Lanes::bits(Lanes::less(distance, bound)) << k;
       }
       if (few + others + __builtin_popcountll(below) > NearColumns::most) return false;
-      for (uint64_t rest = below & ~below_lower; rest; rest &= rest - 1) other[others++] = start + __builtin_ctzll(rest);
+      for (below &= ~below_lower; below; below &= below - 1) other[others++] = start + __builtin_ctzll(below);
       for (; below_lower; below_lower &= below_lower - 1) near.col[few++] = start + __builtin_ctzll(below_lower);
     }
     near.few = few;
@@ -177,8 +186,8 @@ class NearSolver : AssignmentSolver<Lanes, PackedCost<double>> {
     return true;
   }
 
-  // Matches one more row. A function of its own, which takes all registers there are, and of values, so that the solver's
-  // pointers stay in the caller's.
+  // Matches one more row. A function of its own, which takes all registers there are, and of values, so that the
+  // solver's pointers stay in the caller's.
   __attribute__((noinline)) static NearSolver after(NearSolver solver, int32_t row) {
     solver.complete_ &= solver.match(row);
     return solver;
@@ -200,6 +209,7 @@ class NearSolver : AssignmentSolver<Lanes, PackedCost<double>> {
     int64_t col = work_.open[-key];
     int32_t size = 0, widened = 0;
     while (key < m_ && size < start) {
+      near_.near[work_.row_of_col[col]].fetch();
       const int64_t row = this->join(size, -key, col, reached);
       summarize_block(static_cast<int32_t>(col / kBlock));
       Nearest next = nearest();
@@ -243,10 +253,11 @@ class NearSolver : AssignmentSolver<Lanes, PackedCost<double>> {
     return key >= m_;
   }
 
-  // Distances by way of the first `count` near columns of a row. `end` is the least distance known of a free column, where
-  // the search ends at the latest, and `next` the nearest open column; both are kept up.
+  // Distances by way of the first `count` near columns of a row. `end` is the least distance known of a free column,
+  // where the search ends at the latest, and `next` the nearest open column; both are kept up.
   FASTRIS_INLINE void relax_near(
-      int64_t row, const NearColumns& near, int32_t count, double reached, double dual, double& end, Nearest& next) const {
+      int64_t row, const NearColumns& near, int32_t count, double reached, double dual, double& end,
+      Nearest& next) const {
     double through[NearColumns::most];
     uint64_t shorter = 0;
     for (int32_t k = 0; k < count; ++k) {
@@ -307,17 +318,22 @@ class NearSolver : AssignmentSolver<Lanes, PackedCost<double>> {
     for (int32_t block = 0; block * kBlock < padded_m_; ++block) summarize_block(block);
   }
 
+  // One block after the other: the least of some has just been stored, for which a load of lanes would wait.
   FASTRIS_INLINE Nearest nearest() const {
-    Reals least = Lanes::load(near_.least, 0);
-    for (int32_t k = Lanes::width; k < blocks_; k += Lanes::width) {
-      least = Lanes::smaller(Lanes::load(near_.least, k), least);
+    double least[4] = {INFINITY, INFINITY, INFINITY, INFINITY};
+    for (int32_t first = 0; first < blocks_; first += 4) {
+      for (int32_t k = 0; k < 4; ++k) least[k] = std::min(near_.least[first + k], least[k]);
     }
-    Nearest result{Lanes::least(least), -m_, 0};
+    Nearest result{std::min(std::min(least[0], least[1]), std::min(least[2], least[3])), -m_, 0};
     const Reals wanted = Lanes::all(result.distance);
-    for (int32_t first = 0; first < blocks_; first += Lanes::width) {
-      uint64_t blocks = Lanes::bits(Lanes::equal(Lanes::load(near_.least, first), wanted));
+    for (int32_t first = 0; first < blocks_; first += NearWorkspace::blocks_together) {
+      uint64_t blocks = 0;
+      for (int32_t k = 0; k < NearWorkspace::blocks_together; k += Lanes::width) {
+        blocks |= Lanes::bits(Lanes::equal(Lanes::load(near_.least, first + k), wanted)) << k;
+      }
       for (; blocks; blocks &= blocks - 1) {
-        const int32_t begin = (first + __builtin_ctzll(blocks)) * kBlock, columns = std::min(kBlock, padded_m_ - begin);
+        const int32_t begin = (first + __builtin_ctzll(blocks)) * kBlock;
+        const int32_t columns = std::min(kBlock, padded_m_ - begin);
         uint64_t found = 0;
         for (int32_t k = 0; k < columns; k += Lanes::width) {
           found |= Lanes::bits(Lanes::equal(Lanes::load(work_.distance, begin + k), wanted)) << k;
