@@ -75,7 +75,7 @@ def export_features(model: RecurrentInstanceSegmenter, size: tuple[int, int] | N
     to the model's ``input_size`` where it has one.
 
     The active back end is what the program holds: operators ``torch.ops.fastris.*``, for which a process that runs it
-    must ``import fastris.nn``, or with ``use_backend("reference")`` torch's own alone.
+    must ``import fastris.ops``, or with ``use_backend("reference")`` torch's own alone.
 
     Raises:
         InputError: an FCN-8s without ``size``.
