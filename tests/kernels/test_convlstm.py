@@ -90,7 +90,7 @@ def cases():  # shape, kernel size, dilation
         yield (2, 32, 65, 64), (5, 5), 2
 
 
-for shape, size, dilation in cases():
+for number, (shape, size, dilation) in enumerate(cases()):
     batch, channels, height, width = shape
     gate_shape = batch, 4 * channels, height, width
     weight = torch.randn(4 * channels, channels, *size, device=device)
@@ -100,11 +100,14 @@ for shape, size, dilation in cases():
     peephole = torch.randn(3 * channels, device=device)
     narrow = state.to(dtype)
     wide_addend = channels_last(*gate_shape, dtype=torch.float32)
-    for cell_prev, addend, bias, peephole, d_hidden, d_cell, d_sum in (
+    given = [
         (state.clone(), wide_addend, bias, peephole, narrow, state.clone(), torch.float32),
         (narrow.clone(), channels_last(*gate_shape), bias.to(dtype), None, narrow, None, dtype),
         (None, None, None, None, None, narrow.clone(), None),
-    ):
+    ]
+    if device == "cpu" and number > 0:  # the interpreter is slow
+        given = given[number % 3 :][:1]
+    for cell_prev, addend, bias, peephole, d_hidden, d_cell, d_sum in given:
         d_sum = None if d_sum is None else channels_last(*gate_shape, dtype=d_sum)
         like = narrow if cell_prev is None else cell_prev
         check_all(

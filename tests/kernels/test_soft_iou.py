@@ -32,7 +32,7 @@ dtype = getattr(torch, sys.argv[1])
 tolerance = {"rtol": 1e-5, "atol": 1e-6} if dtype == torch.float32 else {"rtol": 1e-3, "atol": 1e-3}
 torch.manual_seed(0)
 SIZES = (2, 3, 4, 5, 7), (1, 1, 1, 1, 1), (1, 33, 18, 9, 11), (2, 3, 2, 0, 4), (1, 3, 34, 40, 64)
-for batch, preds, targets, height, width in SIZES:
+for number, (batch, preds, targets, height, width) in enumerate(SIZES):
     pred = torch.rand(batch, preds, height, width).to(dtype)
     labels = torch.randint(-2, targets + 3, (batch, height, width))
     masks = torch.rand(batch, targets, height, width).to(dtype)
@@ -40,14 +40,15 @@ for batch, preds, targets, height, width in SIZES:
     weight = torch.randn(batch, preds, targets) * (torch.rand(batch, preds, targets) < 0.5)
     offset = torch.randn(batch, preds)
     channels_last = masks.contiguous(memory_format=torch.channels_last)
-    for target, used in (
+    given = [
         (labels, (None, None)),
-        (labels.int(), counts),
         (masks, (None, counts[1])),
-        (masks > 0.5, (counts[0], None)),
         (channels_last, counts),
+        (labels.int(), counts),
+        (masks > 0.5, (counts[0], None)),
         (masks.mT.contiguous().mT, counts),
-    ):
+    ]
+    for target, used in given if number == 0 else given[number % 3 :: 3]:  # the interpreter is slow
         found = soft_iou_triton.soft_iou(pred, target, *used, targets)
         expected = soft_iou_and_union(pred, target, *used, targets)
         for ours, truth in zip(found, expected):
