@@ -152,7 +152,7 @@ class AssignmentSolver {
       if (reached == INFINITY) break;
       key = best_key(reached);
     }
-    joined_ += size;
+    joins_ += size;
     finish(start, size, key, reached);
     return key >= m_;
   }
@@ -284,7 +284,7 @@ class AssignmentSolver {
   Cost cost_;
   AssignmentWorkspace<Index> work_;
   int32_t n_, m_, padded_m_;
-  int64_t joined_ = 0;  // in all searches
+  int64_t joins_ = 0;  // in all searches
 };
 
 }  // namespace

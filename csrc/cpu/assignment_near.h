@@ -2,10 +2,10 @@
 //
 // Late rows of a large matrix let hundreds of matched rows join their tree, while of each of these few columns are near
 // enough to matter. So each row keeps its near columns: those whose distance, cost less dual, is below a bound. Duals
-// only fall, so that the others stay beyond it. Until what is reached gets as far as the bound of a row in the tree, no
-// other column of that row can be reached next. Once it does, the row is widened: it is looked at as a whole, and gets
-// new near columns after the search. Bounds are compared with a margin for rounding; all that decides is in SciPy's
-// arithmetic.
+// fall, but for rounding, so that the others stay beyond it. Until what is reached gets as far as the bound of a row in
+// the tree, no other column of that row can be reached next. Once it does, the row is widened: it is looked at as a
+// whole, and gets new near columns after the search. Bounds are compared with a margin for rounding; all that decides
+// is in SciPy's arithmetic.
 #pragma once
 
 #include "../assignment.h"
@@ -55,7 +55,7 @@ struct NearWorkspace {
   NearColumns* near;  // [n]
   double* least;  // [blocks] distance of the columns of a block
   double* limit;  // [n] rows of the tree in the order in which they joined: from where on they have to be widened
-  int64_t* joined;  // [n] of a row in the tree: its place in that order
+  int64_t* place;  // [n] of a row in the tree: where it is in that order
   int64_t* widened;  // [n] rows that were looked at as a whole in this search
 
   // Smaller ones are looked at as a whole as quickly.
@@ -72,8 +72,8 @@ struct NearWorkspace {
     near = static_cast<NearColumns*>(memory);
     least = reinterpret_cast<double*>(near + n);
     limit = least + blocks(padded_m);
-    joined = reinterpret_cast<int64_t*>(limit + n);
-    widened = joined + n;
+    place = reinterpret_cast<int64_t*>(limit + n);
+    widened = place + n;
   }
 };
 
@@ -85,8 +85,7 @@ class NearSolver : AssignmentSolver<Lanes, PackedCost<double>> {
 
   static constexpr int32_t kBlock = NearWorkspace::block;
   static constexpr int32_t kGroups = 32;
-  // Of what is added up to a distance, in which there are three roundings, and its bound, in which there are four.
-  static constexpr double kRounding = 4e-15;
+  static constexpr double kRounding = 4e-15;  // more than a distance and its limit are rounded by, of what is added up
   static constexpr double kLarge = 1e280;
 
  public:
@@ -111,12 +110,13 @@ class NearSolver : AssignmentSolver<Lanes, PackedCost<double>> {
   // Whether it pays to find the near columns of all rows before this one: at four times the average so far, for rows
   // are the harder to match the later they come, what is left lets each of them join once.
   FASTRIS_INLINE bool worthwhile(int64_t row) const {
-    return this->joined_ > n_ / 4 && 4 * this->joined_ * (n_ - row) > n_ * row;
+    return this->joins_ > n_ / 4 && 4 * this->joins_ * (n_ - row) > n_ * row;
   }
 
   FASTRIS_INLINE void know_rows(int32_t matched) {
     for (int32_t col = 0; col < m_; ++col) lowest_dual_ = std::min(lowest_dual_, work_.dual_col[col]);
     futile_ = !(lowest_dual_ > -kLarge);
+    if (futile_) return;
     for (int32_t k = 0; k < blocks_; ++k) near_.least[k] = INFINITY;
     for (int32_t row = 0; row < matched; ++row) know(row);
   }
@@ -129,6 +129,7 @@ class NearSolver : AssignmentSolver<Lanes, PackedCost<double>> {
 
   // Those of a row whose distances have just been computed: of the nearest ones of 32 groups of columns, about half are
   // below their mean, and so are some 30 columns. Where costs are so uneven that they are too many, of a lower bound.
+  // Without any where numbers might overflow.
   FASTRIS_INLINE void choose(int32_t row) const {
     constexpr int32_t vectors = kGroups / Lanes::width;
     Reals group[vectors];
@@ -154,10 +155,12 @@ class NearSolver : AssignmentSolver<Lanes, PackedCost<double>> {
     for (const double of_lane : sums) bound += of_lane / kGroups;
     NearColumns& near = near_.near[row];
     near.count = NearColumns::unknown;
-    for (int32_t tries = 0; tries < 3 && bound < INFINITY; ++tries) {
+    if (!(nearest > -kLarge)) return;
+    for (int32_t tries = 0; tries < 3 && bound < kLarge; ++tries) {
       near.bound = bound;
-      near.lower_bound = bound = nearest + (bound - nearest) / 4;
+      near.lower_bound = nearest + (bound - nearest) / 4;
       if (take(row, near)) return;
+      bound = near.lower_bound;
     }
   }
 
@@ -175,7 +178,7 @@ class NearSolver : AssignmentSolver<Lanes, PackedCost<double>> {
         below_lower |= Lanes::bits(Lanes::less(distance, lower_bound)) << k;
         below |= Lanes::bits(Lanes::less(distance, bound)) << k;
       }
-      if (few + others + __builtin_popcountll(below) > NearColumns::most) return false;
+      if (few + others + __builtin_popcountll(below | below_lower) > NearColumns::most) return false;
       for (below &= ~below_lower; below; below &= below - 1) other[others++] = start + __builtin_ctzll(below);
       for (; below_lower; below_lower &= below_lower - 1) near.col[few++] = start + __builtin_ctzll(below_lower);
     }
@@ -205,36 +208,39 @@ class NearSolver : AssignmentSolver<Lanes, PackedCost<double>> {
     }
     this->plant(start);
     summarize();
-    double end = nearest_free(), limit = INFINITY;
+    double end = nearest_free(), limit = INFINITY, first = reached, last = reached;
     int64_t col = work_.open[-key];
-    int32_t size = 0, widened = 0;
+    int32_t size = 0, num_widened = 0;
     while (key < m_ && size < start) {
+      first = std::min(first, reached);
+      last = std::max(last, reached);
       near_.near[work_.row_of_col[col]].fetch();
       const int64_t row = this->join(size, -key, col, reached);
       summarize_block(static_cast<int32_t>(col / kBlock));
       Nearest next = nearest();
       const NearColumns& near = near_.near[row];
       const double dual = work_.dual_row[row];
-      near_.joined[row] = size;
+      near_.place[row] = size;
       near_.limit[size] = INFINITY;
       if (near.count == NearColumns::unknown) {
         static_cast<void>(this->relax(row, reached, dual));
         summarize();
         next = nearest();
-        near_.widened[widened++] = row;
+        near_.widened[num_widened++] = row;
       } else {
         const double terms = std::abs(reached) + std::abs(dual) + std::abs(near.lower_bound) + std::abs(near.bound);
-        const double rounding = kRounding * (terms - lowest_dual_);
-        const bool few = reached + (near.lower_bound - dual) - rounding > end;
+        const double margin = kRounding * (terms - lowest_dual_ + raised_) + raised_;
+        const bool few = reached + (near.lower_bound - dual) - margin > end;
         relax_near(row, near, few ? near.few : near.count, reached, dual, end, next);
-        near_.limit[size] = reached + (near.bound - dual) - rounding;
+        const double from = reached + (near.bound - dual) - margin;
+        near_.limit[size] = from > -INFINITY ? from : -INFINITY;  // NaN: now
         limit = std::min(limit, near_.limit[size]);
       }
       ++size;
       while (limit < INFINITY && next.distance >= limit) {
         int32_t place = 0;
         while (near_.limit[place] != limit) ++place;
-        near_.widened[widened++] = widen(place);
+        near_.widened[num_widened++] = widen(place);
         near_.limit[place] = limit = INFINITY;
         for (int32_t k = 0; k < size; ++k) limit = std::min(limit, near_.limit[k]);
         next = nearest();
@@ -245,11 +251,14 @@ class NearSolver : AssignmentSolver<Lanes, PackedCost<double>> {
       col = next.col;
     }
     this->finish(start, size, key, reached);
-    if (key >= m_) lowest_dual_ -= reached - work_.tree_distance[0];
-    for (int32_t k = 0; k < widened; ++k) know(static_cast<int32_t>(near_.widened[k]));
-    joined_near_ += size;
-    widened_ += widened;
-    futile_ |= widened_ > 64 + joined_near_ / 2 || !(lowest_dual_ > -kLarge);
+    if (key >= m_) {  // by reached less its distance each dual of a column in the tree has fallen
+      lowest_dual_ -= std::max(reached - first, 0.0);
+      raised_ += std::max(last - reached, 0.0);
+    }
+    for (int32_t k = 0; k < num_widened; ++k) know(static_cast<int32_t>(near_.widened[k]));
+    near_joins_ += size;
+    widenings_ += num_widened;
+    futile_ |= widenings_ > 64 + near_joins_ / 2 || !(lowest_dual_ > -kLarge && raised_ < kLarge);
     return key >= m_;
   }
 
@@ -298,7 +307,7 @@ class NearSolver : AssignmentSolver<Lanes, PackedCost<double>> {
       for (uint64_t tied = Lanes::bits(as_short); tied; tied &= tied - 1) {
         int64_t& other = work_.row_before[base + __builtin_ctzll(tied)];
         const bool is_root = work_.col_of_row[other] < 0;
-        if (!is_root && near_.joined[other] > place) other = row;
+        if (!is_root && near_.place[other] > place) other = row;
       }
     }
     summarize();
@@ -361,7 +370,8 @@ class NearSolver : AssignmentSolver<Lanes, PackedCost<double>> {
   int32_t blocks_;
   bool complete_ = true, futile_ = false;
   double lowest_dual_ = 0;  // of a column, or less
-  int64_t joined_near_ = 0, widened_ = 0;  // rows, since their near columns are known
+  double raised_ = 0;  // by how much rounding has raised one, or more
+  int64_t near_joins_ = 0, widenings_ = 0;  // since near columns are known
 };
 
 }  // namespace
