@@ -208,12 +208,10 @@ class NearSolver : AssignmentSolver<Lanes, PackedCost<double>> {
     }
     this->plant(start);
     summarize();
-    double end = nearest_free(), limit = INFINITY, first = reached, last = reached;
+    double end = nearest_free(), limit = INFINITY;
     int64_t col = work_.open[-key];
     int32_t size = 0, num_widened = 0;
     while (key < m_ && size < start) {
-      first = std::min(first, reached);
-      last = std::max(last, reached);
       near_.near[work_.row_of_col[col]].fetch();
       const int64_t row = this->join(size, -key, col, reached);
       summarize_block(static_cast<int32_t>(col / kBlock));
@@ -251,15 +249,24 @@ class NearSolver : AssignmentSolver<Lanes, PackedCost<double>> {
       col = next.col;
     }
     this->finish(start, size, key, reached);
-    if (key >= m_) {  // by reached less its distance each dual of a column in the tree has fallen
-      lowest_dual_ -= std::max(reached - first, 0.0);
-      raised_ += std::max(last - reached, 0.0);
-    }
+    if (key >= m_) note_duals(size, reached);
     for (int32_t k = 0; k < num_widened; ++k) know(static_cast<int32_t>(near_.widened[k]));
     near_joins_ += size;
     widenings_ += num_widened;
     futile_ |= widenings_ > 64 + near_joins_ / 2 || !(lowest_dual_ > -kLarge && raised_ < kLarge);
     return key >= m_;
+  }
+
+  // After a search: the dual of each column of the tree has fallen by what was reached less its distance, a difference
+  // that rounding may have made negative.
+  FASTRIS_INLINE void note_duals(int32_t size, double reached) {
+    double first = reached, last = reached;
+    for (int32_t k = 0; k < size; ++k) {
+      first = std::min(first, work_.tree_distance[k]);
+      last = std::max(last, work_.tree_distance[k]);
+    }
+    lowest_dual_ -= reached - first;
+    raised_ += last - reached;
   }
 
   // Distances by way of the first `count` near columns of a row. `end` is the least distance known of a free column,
