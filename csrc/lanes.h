@@ -134,6 +134,15 @@ struct VectorLanes {
     return result;
   }
 
+  // Which of the first `count` values, 64 at most, are the wanted one, a bit each.
+  static FASTRIS_INLINE uint64_t equal_bits(const double* values, double wanted, int64_t count) {
+    uint64_t result = 0;
+    const int64_t chunks = (count < 64 ? count : 64) / N;
+#pragma GCC unroll 8
+    for (int64_t k = 0; k < chunks; ++k) result |= bits(equal(load(values, k * N), all(wanted))) << (k * N);
+    return result;
+  }
+
   static FASTRIS_INLINE void sync() {}
   static FASTRIS_INLINE bool leader() { return true; }
   static FASTRIS_INLINE int32_t lane() { return 0; }
@@ -155,7 +164,7 @@ struct VectorLanes {
     return result;
   }
 
-  // Which of the first `count` values, 64 at most, are the wanted one, a bit each; where the instruction set has that.
+  // Whether the instruction set has bits().
 #if defined(__AVX512F__)
   static constexpr bool has_bits = N == 8;
 #elif defined(__AVX__)
@@ -163,26 +172,6 @@ struct VectorLanes {
 #else
   static constexpr bool has_bits = false;
 #endif
-  static FASTRIS_INLINE uint64_t equal_bits(const double* values, double wanted, int64_t count) {
-    uint64_t result = 0;
-    const int64_t chunks = (count < 64 ? count : 64) / N;
-    const Reals all_wanted = all(wanted);
-#pragma GCC unroll 8
-    for (int64_t k = 0; k < chunks; ++k) {
-      const Reals some = load(values, k * N);
-      uint64_t bits = 0;
-#if defined(__AVX512F__)
-      if constexpr (N == 8) bits = _mm512_cmp_pd_mask(some, all_wanted, _CMP_EQ_OQ);
-#elif defined(__AVX__)
-      if constexpr (N == 4) {
-        bits = static_cast<uint64_t>(_mm256_movemask_pd(_mm256_cmp_pd(some, all_wanted, _CMP_EQ_OQ)));
-      }
-#endif
-      (void)some, (void)all_wanted;
-      result |= bits << (k * N);
-    }
-    return result;
-  }
 };
 
 #else

@@ -341,19 +341,12 @@ class NearSolver : AssignmentSolver<Lanes, PackedCost<double>> {
       for (int32_t k = 0; k < 4; ++k) least[k] = std::min(near_.least[first + k], least[k]);
     }
     Nearest result{std::min(std::min(least[0], least[1]), std::min(least[2], least[3])), -m_, 0};
-    const Reals wanted = Lanes::all(result.distance);
     for (int32_t first = 0; first < blocks_; first += NearWorkspace::blocks_together) {
-      uint64_t blocks = 0;
-      for (int32_t k = 0; k < NearWorkspace::blocks_together; k += Lanes::width) {
-        blocks |= Lanes::bits(Lanes::equal(Lanes::load(near_.least, first + k), wanted)) << k;
-      }
+      uint64_t blocks = Lanes::equal_bits(near_.least + first, result.distance, NearWorkspace::blocks_together);
       for (; blocks; blocks &= blocks - 1) {
         const int32_t begin = (first + __builtin_ctzll(blocks)) * kBlock;
         const int32_t columns = std::min(kBlock, padded_m_ - begin);
-        uint64_t found = 0;
-        for (int32_t k = 0; k < columns; k += Lanes::width) {
-          found |= Lanes::bits(Lanes::equal(Lanes::load(work_.distance, begin + k), wanted)) << k;
-        }
+        uint64_t found = Lanes::equal_bits(work_.distance + begin, result.distance, columns);
         for (; found; found &= found - 1) {
           const int32_t col = begin + __builtin_ctzll(found);
           result.consider(result.distance, work_.key[col], col);

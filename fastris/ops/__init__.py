@@ -3,30 +3,9 @@
 Importing this package registers all of them as ``torch.ops.fastris.*``.
 """
 
-from fastris.ops import (
-    assignment,
-    conv2d_same,
-    convlstm,
-    dynamic_mask,
-    group_norm_relu,
-    image_masks,
-    look,
-    lstm_gates,
-    permutohedral,
-    place_logits,
-    soft_iou,
-)
+from importlib import import_module
 
-__all__ = [
-    "assignment",
-    "conv2d_same",
-    "convlstm",
-    "dynamic_mask",
-    "group_norm_relu",
-    "image_masks",
-    "look",
-    "lstm_gates",
-    "permutohedral",
-    "place_logits",
-    "soft_iou",
-]
+from fastris.backend import NATIVE_OPERATORS
+
+for _operator in NATIVE_OPERATORS:
+    import_module(f"fastris.ops.{_operator}")

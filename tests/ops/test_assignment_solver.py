@@ -69,6 +69,14 @@ def make(family: str, rows: int, cols: int, seed: int, dtype: torch.dtype) -> to
     return torch.from_numpy(np.stack(matrices)).to(dtype)
 
 
+def need(lanes: int) -> None:
+    """Skips where the machine does not have them."""
+    try:
+        torch.ops.fastris.assignment_lanes(torch.zeros(1, 1, 1), None, None, False, lanes)
+    except RuntimeError as error:
+        pytest.skip(str(error).splitlines()[0])
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_ten_thousand_matrices_have_the_indices_of_the_reference(dtype: torch.dtype) -> None:
     @settings(deadline=None, max_examples=EXAMPLES)
@@ -94,10 +102,7 @@ def test_ten_thousand_matrices_have_the_indices_of_the_reference(dtype: torch.dt
 @pytest.mark.parametrize("lanes", [2, 4, 8, 32, 128])
 def test_every_number_of_lanes_gives_the_same(lanes: int) -> None:
     operator = torch.ops.fastris.assignment_lanes
-    try:
-        operator(torch.zeros(1, 1, 1), None, None, False, lanes)
-    except RuntimeError as error:
-        pytest.skip(str(error).splitlines()[0])
+    need(lanes)
 
     @settings(deadline=None, max_examples=EXAMPLES)
     @given(draws, st.booleans())
@@ -120,13 +125,11 @@ def test_every_number_of_lanes_gives_the_same(lanes: int) -> None:
 @pytest.mark.parametrize("shape", [(150, 140), (140, 300), (257, 129)])
 @pytest.mark.parametrize("family", ["integers", "sixteenths", "forbidden", "soft IoU"])
 def test_matrices_wider_than_the_lanes(family: str, shape: tuple[int, int], lanes: int) -> None:
+    need(lanes)
     cost = make(family, *shape, seed=3, dtype=torch.float32)[:3]
     num_rows, num_cols = torch.tensor([shape[0], 70, 130]), torch.tensor([shape[1], 129, 66])
     expected = reference.assignment(cost, num_rows, num_cols)
-    try:
-        col_of_row, status = torch.ops.fastris.assignment_lanes(cost, num_rows, num_cols, False, lanes)
-    except RuntimeError as error:
-        pytest.skip(str(error).splitlines()[0])
+    col_of_row, status = torch.ops.fastris.assignment_lanes(cost, num_rows, num_cols, False, lanes)
     assert torch.equal(col_of_row, expected.col_of_row)
     assert torch.equal(status, expected.status)
 
@@ -184,10 +187,7 @@ LARGE_FAMILIES = FAMILIES | {
 @pytest.mark.parametrize("lanes", [2, 4, 8])
 @pytest.mark.parametrize("family", sorted(LARGE_FAMILIES))
 def test_near_columns_are_enough(family: str, lanes: int) -> None:
-    try:
-        torch.ops.fastris.assignment_lanes(torch.zeros(1, 1, 1), None, None, False, lanes)
-    except RuntimeError as error:
-        pytest.skip(str(error).splitlines()[0])
+    need(lanes)
     random = np.random.default_rng(7)
     for shape in ((256, 256), (300, 280), (150, 256)):
         counts = [torch.tensor([size] * 3 + [size - 20]) for size in shape]
