@@ -41,8 +41,6 @@ INSTRUCTION_SETS = {
 """Flags for the sources with such a suffix, which run only where the machine has the instructions."""
 UNCONTRACTED = "assignment"
 """The operator whose arithmetic must be SciPy's to the bit: a product and a sum are never one instruction in it."""
-SCHEDULED = "lstm_gates"
-"""The operator whose long chains of arithmetic GCC puts side by side if it is told to, for a tenth of the time."""
 TESTED = "assignment_emulated"
 """What only tests run, and need not be fast."""
 WARNINGS_ARE_ERRORS = os.environ.get("FASTRIS_WERROR") == "1"
@@ -139,8 +137,6 @@ def _gencode(archs: str) -> list[str]:
 def _own_flags(source: Path) -> list[str]:
     """What one source is compiled with beyond the flags of all."""
     flags = [f"-ffp-contract={'off' if source.stem.startswith(UNCONTRACTED) else 'fast'}"]
-    if source.stem.startswith(SCHEDULED):
-        flags += ["-fschedule-insns", "-Wno-ignored-optimization-argument"]  # Clang has no such option, and says so
     if source.stem == TESTED:
         flags += ["-O2"]
     if platform.machine().lower() in ("x86_64", "amd64"):

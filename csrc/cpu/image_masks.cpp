@@ -95,8 +95,10 @@ struct Forward : Enlargement {
         for_channels<Bytes>(W, [&](auto bytes, int64_t x) FASTRIS_INLINE_LAMBDA {
           using Real = Vector<float, bytes.value>;
           const Real upper = unaligned_at<bytes.value>(above + x), lower = unaligned_at<bytes.value>(below + x);
-          const Real logit = upper * (1.0f - between.weight_below) + lower * between.weight_below;
-          unaligned_at<bytes.value>(to + x) = 1.0f / (1.0f + exponential_of_minus<bytes.value>(logit));
+          Activations<float, bytes.value, 1, Curve::sigmoid> chance;
+          chance.set(0, upper * (1.0f - between.weight_below) + lower * between.weight_below);
+          chance.find();
+          unaligned_at<bytes.value>(to + x) = chance.template value<0>(0);
         });
         if (void_pixels != nullptr) clear(void_pixels + (map / together * H + y) * W, to);
       }

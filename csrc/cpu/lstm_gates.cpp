@@ -4,8 +4,78 @@
 namespace fastris {
 namespace {
 
-template <typename T, typename G, typename S, typename A>
+// The cell and the hidden state of a tile, in two passes of two vectors at once, so that a processor has something to do
+// while it waits.
+template <typename T, bool Sum, bool Peephole>
+struct UpdatedTile {
+  int64_t n;
+  NextGates next;
+  PreActivations<T> pre;
+  const GateBuffer<T>* weight;
+  const T* cell_prev;  // or nullptr: zeros
+  T *hidden, *cell;
+
+  template <int Bytes>
+  FASTRIS_INLINE void run() const {
+    update<Bytes>(*this);
+  }
+
+ private:
+  // Of a copy, for all that the compiler knows what is stored may change this.
+  template <int Bytes>
+  FASTRIS_INLINE static void update(const UpdatedTile tile) {
+    using Real = Vector<T, Bytes>;
+    constexpr int64_t lanes = VectorOf<T, Bytes>::lanes;
+    const auto pre = [&](int64_t k, int64_t x) FASTRIS_INLINE_LAMBDA -> Real {
+      return tile.pre.template at<Bytes, Sum>(k, x);
+    };
+    const auto w = [&](int64_t k, int64_t x) FASTRIS_INLINE_LAMBDA -> Real {
+      return vector_at<Bytes>(tile.weight[k].at + x);
+    };
+    by_two_vectors<lanes>(tile.n, [&](int64_t first, auto vectors) FASTRIS_INLINE_LAMBDA {
+      Activations<T, Bytes, vectors.value, Curve::sigmoid, Curve::sigmoid, Curve::tangent> ifg;
+      Real c_prev[vectors.value];
+      for (int v = 0; v < vectors.value; ++v) {
+        const int64_t x = first + v * lanes;
+        c_prev[v] = tile.cell_prev == nullptr ? Real{} : unaligned_at<Bytes>(tile.cell_prev + x);
+        Real pre_i = pre(0, x), pre_f = pre(1, x);
+        if constexpr (Peephole) {
+          pre_i += w(0, x) * c_prev[v];
+          pre_f += w(1, x) * c_prev[v];
+        }
+        ifg.set(v, pre_i, pre_f, pre(3, x));
+      }
+      ifg.find();
+      for (int v = 0; v < vectors.value; ++v) {
+        unaligned_at<Bytes>(tile.cell + first + v * lanes) =
+            c_prev[v] * ifg.template value<1>(v) + ifg.template product<0, 2>(v);
+      }
+    });
+    by_two_vectors<lanes>(tile.n, [&](int64_t first, auto vectors) FASTRIS_INLINE_LAMBDA {
+      if (vectors.value == 2) tile.next.prefetch(first);
+      Activations<T, Bytes, vectors.value, Curve::sigmoid, Curve::tangent> o_and_c;
+      for (int v = 0; v < vectors.value; ++v) {
+        const int64_t x = first + v * lanes;
+        const Real c = unaligned_at<Bytes>(tile.cell + x);
+        Real pre_o = pre(2, x);
+        if constexpr (Peephole) pre_o += w(2, x) * c;
+        o_and_c.set(v, pre_o, c);
+      }
+      o_and_c.find();
+      for (int v = 0; v < vectors.value; ++v) {
+        unaligned_at<Bytes>(tile.hidden + first + v * lanes) = o_and_c.template product<0, 1>(v);
+      }
+    });
+  }
+};
+
+template <typename Types>
 struct GatesKernel {
+  using T = typename Types::Compute;
+  using G = typename Types::Gate;
+  using S = typename Types::Cell;
+  using A = typename Types::Addend;
+
   GateRows all;
   const G* gates;
   const S* cell_prev;  // or nullptr: zeros
@@ -18,56 +88,22 @@ struct GatesKernel {
 
   template <int Bytes>
   FASTRIS_INLINE void run() const {
+    constexpr int64_t lanes = VectorOf<T, Bytes>::lanes;
     GateBuffer<T> gate[kGates], weight[kPeepholes], before, h, c;
     for (int64_t t = begin; t < end; ++t) {
       const GateTile tile(all, t);
-      load_gates<Bytes>(all, tile, gates, addend, bias, peephole, h.at, gate, weight);
+      const NextGates next(GateTile(all, t + 1 < end ? t + 1 : t), gates, addend, 2 * lanes);
+      const PreActivations<T> pre = load_gates<Bytes>(all, tile, gates, addend, bias, h.at, gate);
+      if (peephole != nullptr) load_peepholes(all, tile, peephole, weight);
       const T* previous = nullptr;
       if (cell_prev != nullptr) previous = load_state<Bytes>(cell_prev + tile.state_at, tile.size, before.at);
-      constexpr int lanes = VectorOf<T, Bytes>::lanes;
       const bool whole = tile.size % lanes == 0;
       T* to_hidden = in_place<T>(hidden + tile.state_at, whole, h.at);
       T* to_cell = in_place<T>(cell + tile.state_at, whole, c.at);
-      const GateTile next(all, t + 1 < end ? t + 1 : t);
-      peephole == nullptr ? update<Bytes, false>(tile.size, next, gate, weight, previous, to_hidden, to_cell)
-                          : update<Bytes, true>(tile.size, next, gate, weight, previous, to_hidden, to_cell);
+      run_part_of_tile<Bytes, UpdatedTile, T>(
+          pre.to_be_added, peephole != nullptr, tile.size, next, pre, weight, previous, to_hidden, to_cell);
       if (to_hidden == h.at) store_row<Bytes>(h.at, tile.size, hidden + tile.state_at);
       if (to_cell == c.at) store_row<Bytes>(c.at, tile.size, cell + tile.state_at);
-    }
-  }
-
- private:
-  // In two passes, so that a processor has several vectors to compute while it waits for one.
-  template <int Bytes, bool Peephole>
-  FASTRIS_INLINE void update(
-      int64_t n,
-      const GateTile& next,
-      const GateBuffer<T>* gate,
-      const GateBuffer<T>* weight,
-      const T* previous,
-      T* to_hidden,
-      T* to_cell) const {
-    using Real = Vector<T, Bytes>;
-    constexpr int lanes = VectorOf<T, Bytes>::lanes;
-    const auto pre = [&](int64_t k, int64_t x) FASTRIS_INLINE_LAMBDA -> Real { return vector_at<Bytes>(gate[k].at + x); };
-    const auto w = [&](int64_t k, int64_t x) FASTRIS_INLINE_LAMBDA -> Real { return vector_at<Bytes>(weight[k].at + x); };
-    for (int64_t x = 0; x < n; x += lanes) {
-      prefetch_gates<Bytes>(next, x, gates, addend);
-      Real c_prev{};
-      if (previous != nullptr) c_prev = unaligned_at<Bytes>(previous + x);
-      Real pre_i = pre(0, x), pre_f = pre(1, x);
-      if constexpr (Peephole) {
-        pre_i += w(0, x) * c_prev;
-        pre_f += w(1, x) * c_prev;
-      }
-      unaligned_at<Bytes>(to_cell + x) =
-          times_sigmoid<Bytes>(c_prev, pre_f) + sigmoid_tanh<Bytes>(pre_i, pre(3, x));
-    }
-    for (int64_t x = 0; x < n; x += lanes) {
-      const Real c = unaligned_at<Bytes>(to_cell + x);
-      Real pre_o = pre(2, x);
-      if constexpr (Peephole) pre_o += w(2, x) * c;
-      unaligned_at<Bytes>(to_hidden + x) = sigmoid_tanh<Bytes>(pre_o, c);
     }
   }
 };
@@ -90,22 +126,20 @@ void lstm_gates_out(
   checks.per_channel(bias, "bias", kGates, compute);
   checks.per_channel(peephole, "peephole", kPeepholes, compute);
   with_gate_types("lstm_gates", type, cell.scalar_type(), addend, [&](auto types) {
-    using T = typename decltype(types)::Compute;
-    using G = typename decltype(types)::Gate;
-    using S = typename decltype(types)::Cell;
-    using A = typename decltype(types)::Addend;
-    const GatesKernel<T, G, S, A> kernel{
+    using Types = decltype(types);
+    using T = typename Types::Compute;
+    using S = typename Types::Cell;
+    run_over_tiles(GatesKernel<Types>{
         all,
-        static_cast<const G*>(gates.const_data_ptr()),
+        static_cast<const typename Types::Gate*>(gates.const_data_ptr()),
         data_or_null<S>(cell_prev),
-        data_or_null<A>(addend),
+        data_or_null<typename Types::Addend>(addend),
         data_or_null<T>(bias),
         data_or_null<T>(peephole),
-        static_cast<G*>(hidden.data_ptr()),
+        static_cast<typename Types::Gate*>(hidden.data_ptr()),
         static_cast<S*>(cell.data_ptr()),
         0,
-        0};
-    run_over_tiles(kernel);
+        0});
   });
 }
 

@@ -130,6 +130,12 @@ FASTRIS_INLINE void add_row(const T* from, int64_t n, T* to) {
   for (; i < n; ++i) to[i] += from[i];
 }
 
+// Whether each gate of a tile is one piece of memory, of whole vectors of the type computed with.
+template <int Bytes, typename T, typename G>
+FASTRIS_INLINE bool whole_vectors(const GateTile& tile) {
+  return std::is_same_v<T, G> && tile.rows == 1 && tile.columns % VectorOf<T, Bytes>::lanes == 0;
+}
+
 // The tile's pre-activations of one gate, in the type that is computed with.
 template <int Bytes, typename T, typename G, typename A>
 FASTRIS_INLINE void load_gate(const GateTile& tile, int64_t gate, const G* gates, const A* addend, T* to) {
@@ -139,17 +145,34 @@ FASTRIS_INLINE void load_gate(const GateTile& tile, int64_t gate, const G* gates
   }
 }
 
-// Asks for what the next tile reads while this one is computed: its x-th vector of each gate.
-template <int Bytes, typename G, typename A>
-FASTRIS_INLINE void prefetch_gates(const GateTile& next, int64_t x, const G* gates, const A* addend) {
-  constexpr int64_t lanes = Bytes / static_cast<int64_t>(sizeof(float));
-  const bool whole_rows = next.columns == next.length;  // then the four gates are one piece of memory
-  for (int64_t k = 0; k < kGates; ++k) {
-    const int64_t at = next.gate_at + (whole_rows ? kGates * x + k * lanes : k * next.length + x);
-    __builtin_prefetch(gates + at, 0, 2);
-    if (addend != nullptr) __builtin_prefetch(addend + at, 0, 2);
+// What the next tile reads, which is asked for while this one is computed.
+class NextGates {
+ public:
+  // prefetch() is to be called for every `together`-th element.
+  template <typename G, typename A>
+  NextGates(const GateTile& tile, const G* gates_, const A* addend_, int64_t together)
+      : gates(reinterpret_cast<const char*>(gates_ + tile.gate_at)),
+        addend(addend_ == nullptr ? nullptr : reinterpret_cast<const char*>(addend_ + tile.gate_at)),
+        size_of_gate(sizeof(G)),
+        size_of_addend(sizeof(A)) {
+    const bool whole_rows = tile.columns == tile.length;  // then the four gates are one piece of memory
+    step = whole_rows ? kGates : 1;
+    stride = whole_rows ? together : tile.length;
   }
-}
+
+  FASTRIS_INLINE void prefetch(int64_t x) const {
+    for (int64_t k = 0; k < kGates; ++k) {
+      const int64_t at = step * x + k * stride;
+      __builtin_prefetch(gates + at * size_of_gate, 0, 2);
+      if (addend != nullptr) __builtin_prefetch(addend + at * size_of_addend, 0, 2);
+    }
+  }
+
+ private:
+  const char *gates, *addend;
+  int64_t size_of_gate, size_of_addend;
+  int64_t step, stride;  // from element to element, and from gate to gate
+};
 
 // What belongs to channels, for every element of the tile.
 template <typename T>
@@ -163,20 +186,76 @@ FASTRIS_INLINE void spread_over(const GateRows& all, const GateTile& tile, const
   }
 }
 
-// Everything a tile has of its pre-activations, and its peepholes. `spread` is a buffer that may hold anything.
+// The four gates of a tile.
+template <typename T>
+struct FourGates {
+  T* at[kGates];
+
+  FourGates(const GateTile& tile, T* all) {
+    for (int64_t k = 0; k < kGates; ++k) at[k] = all + tile.gate_at + k * tile.length;
+  }
+  explicit FourGates(GateBuffer<std::remove_const_t<T>>* buffers) {
+    for (int64_t k = 0; k < kGates; ++k) at[k] = buffers[k].at;
+  }
+};
+
+// The pre-activations of a tile, in the type that is computed with: sums, or such that have their addend still to come.
+template <typename T>
+struct PreActivations {
+  FourGates<const T> gates, addend;
+  bool to_be_added;
+
+  template <int Bytes, bool Sum>
+  FASTRIS_INLINE Vector<T, Bytes> at(int64_t k, int64_t x) const {
+    const Vector<T, Bytes> gate = unaligned_at<Bytes>(gates.at[k] + x);
+    if constexpr (Sum) return gate + unaligned_at<Bytes>(addend.at[k] + x);
+    return gate;
+  }
+};
+
+// In memory, where that is whole vectors and there is no bias, or in the buffers. `spread` may hold anything.
 template <int Bytes, typename T, typename G, typename A>
-FASTRIS_INLINE void load_gates(
-    const GateRows& all, const GateTile& tile, const G* gates, const A* addend, const T* bias, const T* peephole, T* spread,
-    GateBuffer<T>* gate, GateBuffer<T>* weight) {
+FASTRIS_INLINE PreActivations<T> load_gates(
+    const GateRows& all, const GateTile& tile, const G* gates, const A* addend, const T* bias, T* spread,
+    GateBuffer<T>* buffers) {
+  if constexpr (std::is_same_v<T, float> && std::is_same_v<T, G> && std::is_same_v<T, A>) {
+    if (bias == nullptr && whole_vectors<Bytes, T, G>(tile)) {
+      const FourGates<const T> in_memory(tile, gates);
+      return {in_memory, addend == nullptr ? in_memory : FourGates<const T>(tile, addend), addend != nullptr};
+    }
+  }
   for (int64_t k = 0; k < kGates; ++k) {
-    load_gate<Bytes>(tile, k, gates, addend, gate[k].at);
+    load_gate<Bytes>(tile, k, gates, addend, buffers[k].at);
     if (bias == nullptr) continue;
     spread_over(all, tile, bias + k * all.channels, spread);
-    add_row<Bytes>(spread, tile.size, gate[k].at);
+    add_row<Bytes>(spread, tile.size, buffers[k].at);
   }
-  for (int64_t k = 0; peephole != nullptr && k < kPeepholes; ++k) {
-    spread_over(all, tile, peephole + k * all.channels, weight[k].at);
+  const FourGates<const T> sums(buffers);
+  return {sums, sums, false};
+}
+
+template <typename T>
+FASTRIS_INLINE void load_peepholes(
+    const GateRows& all, const GateTile& tile, const T* peephole, GateBuffer<T>* weight) {
+  for (int64_t k = 0; k < kPeepholes; ++k) spread_over(all, tile, peephole + k * all.channels, weight[k].at);
+}
+
+// Runs the Part<T, whether addends are to be added, whether there are peepholes> that has these members.
+template <int Bytes, template <typename, bool, bool> class Part, typename T, typename... Members>
+void run_part_of_tile(bool sum, bool peephole, Members... members) {
+  if constexpr (std::is_same_v<T, float>) {
+    if (sum) return peephole ? run_part<Bytes>(Part<T, true, true>{members...})
+                             : run_part<Bytes>(Part<T, true, false>{members...});
   }
+  peephole ? run_part<Bytes>(Part<T, false, true>{members...}) : run_part<Bytes>(Part<T, false, false>{members...});
+}
+
+// Steps over n elements by two vectors and, where there are no two, by one: step(x, how many, as a type).
+template <int64_t lanes, typename Step>
+FASTRIS_INLINE void by_two_vectors(int64_t n, const Step& step) {
+  int64_t x = 0;
+  for (; x + 2 * lanes <= n; x += 2 * lanes) step(x, std::integral_constant<int, 2>());
+  for (; x < n; x += lanes) step(x, std::integral_constant<int, 1>());
 }
 
 // Where a tile of the state is: in place where it is whole vectors of the type computed with, in a buffer otherwise.

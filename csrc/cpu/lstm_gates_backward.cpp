@@ -4,8 +4,104 @@
 namespace fastris {
 namespace {
 
-template <typename T, typename G, typename S, typename A>
+// The gradients of a tile's pre-activations and of the cell before, in two passes as in lstm_gates.
+template <typename T, bool Sum, bool Peephole>
+struct DifferentiatedTile {
+  int64_t n;
+  NextGates next;
+  PreActivations<T> pre;
+  const GateBuffer<T>* weight;
+  const T *cell_prev, *d_hidden, *d_cell;  // or nullptr: zeros
+  FourGates<T> d_gates;  // may be the pre-activations
+  T* d_cell_prev;  // may be d_cell
+  T *forget, *cell;  // buffers
+
+  template <int Bytes>
+  FASTRIS_INLINE void run() const {
+    differentiate<Bytes>(*this);
+  }
+
+ private:
+  // Of a copy, for all that the compiler knows what is stored may change this.
+  template <int Bytes>
+  FASTRIS_INLINE static void differentiate(const DifferentiatedTile tile) {
+    using Real = Vector<T, Bytes>;
+    constexpr int64_t lanes = VectorOf<T, Bytes>::lanes;
+    const auto pre = [&](int64_t k, int64_t x) FASTRIS_INLINE_LAMBDA -> Real {
+      return tile.pre.template at<Bytes, Sum>(k, x);
+    };
+    const auto w = [&](int64_t k, int64_t x) FASTRIS_INLINE_LAMBDA -> Real {
+      return vector_at<Bytes>(tile.weight[k].at + x);
+    };
+    const auto d_gate = [&](int64_t k, int64_t x) FASTRIS_INLINE_LAMBDA -> auto& {
+      return unaligned_at<Bytes>(tile.d_gates.at[k] + x);
+    };
+    by_two_vectors<lanes>(tile.n, [&](int64_t first, auto vectors) FASTRIS_INLINE_LAMBDA {
+      Activations<T, Bytes, vectors.value, Curve::sigmoid, Curve::sigmoid, Curve::tangent_with_slope> ifg;
+      Real c_prev[vectors.value];
+      for (int v = 0; v < vectors.value; ++v) {
+        const int64_t x = first + v * lanes;
+        c_prev[v] = tile.cell_prev == nullptr ? Real{} : unaligned_at<Bytes>(tile.cell_prev + x);
+        Real pre_i = pre(0, x), pre_f = pre(1, x);
+        if constexpr (Peephole) {
+          pre_i += w(0, x) * c_prev[v];
+          pre_f += w(1, x) * c_prev[v];
+        }
+        ifg.set(v, pre_i, pre_f, pre(3, x));
+      }
+      ifg.find();
+      for (int v = 0; v < vectors.value; ++v) {  // the cell, f, and what i, f and g do to the cell
+        const int64_t x = first + v * lanes;
+        const Activated<T, Bytes> i = ifg.template value_and_slope<0>(v), f = ifg.template value_and_slope<1>(v);
+        const Activated<T, Bytes> g = ifg.template value_and_slope<2>(v);
+        d_gate(0, x) = g.value * i.slope;
+        d_gate(1, x) = c_prev[v] * f.slope;
+        d_gate(3, x) = i.value * g.slope;
+        vector_at<Bytes>(tile.forget + x) = f.value;
+        vector_at<Bytes>(tile.cell + x) = f.value * c_prev[v] + rounded_product(i.value, g.value);
+      }
+    });
+    by_two_vectors<lanes>(tile.n, [&](int64_t first, auto vectors) FASTRIS_INLINE_LAMBDA {
+      if (vectors.value == 2) tile.next.prefetch(first);
+      Activations<T, Bytes, vectors.value, Curve::sigmoid, Curve::tangent_with_slope> o_and_c;
+      for (int v = 0; v < vectors.value; ++v) {
+        const int64_t x = first + v * lanes;
+        const Real c = vector_at<Bytes>(tile.cell + x);
+        Real pre_o = pre(2, x);
+        if constexpr (Peephole) pre_o += w(2, x) * c;
+        o_and_c.set(v, pre_o, c);
+      }
+      o_and_c.find();
+      for (int v = 0; v < vectors.value; ++v) {
+        const int64_t x = first + v * lanes;
+        const Activated<T, Bytes> o = o_and_c.template value_and_slope<0>(v);
+        const Activated<T, Bytes> tanh_c = o_and_c.template value_and_slope<1>(v);
+        Real d_h{}, d_c{};
+        if (tile.d_hidden != nullptr) d_h = unaligned_at<Bytes>(tile.d_hidden + x);
+        if (tile.d_cell != nullptr) d_c = unaligned_at<Bytes>(tile.d_cell + x);
+        const Real d_o = d_h * tanh_c.value * o.slope;
+        d_c += d_h * o.value * tanh_c.slope;
+        if constexpr (Peephole) d_c += d_o * w(2, x);
+        const Real d_i = d_c * d_gate(0, x), d_f = d_c * d_gate(1, x);
+        Real d_before = d_c * vector_at<Bytes>(tile.forget + x);
+        if constexpr (Peephole) d_before += d_i * w(0, x) + rounded_product(d_f, w(1, x));
+        d_gate(0, x) = d_i;
+        d_gate(1, x) = d_f;
+        d_gate(2, x) = d_o;
+        d_gate(3, x) *= d_c;
+        unaligned_at<Bytes>(tile.d_cell_prev + x) = d_before;
+      }
+    });
+  }
+};
+
+template <typename Types>
 struct GatesBackwardKernel {
+  using T = typename Types::Compute;
+  using G = typename Types::Gate;
+  using S = typename Types::Cell;
+  using A = typename Types::Addend;
+
   GateRows all;
   const G* gates;  // may be d_gates: a tile is read before it is written
   const S* cell_prev;  // or nullptr: zeros
@@ -21,84 +117,37 @@ struct GatesBackwardKernel {
 
   template <int Bytes>
   FASTRIS_INLINE void run() const {
-    GateBuffer<T> gate[kGates], weight[kPeepholes], buffer[kBuffers], forget, d_before;
+    constexpr int64_t lanes = VectorOf<T, Bytes>::lanes;
+    GateBuffer<T> gate[kGates], weight[kPeepholes], before, d_h, d_c, forget, c, d_before;
     for (int64_t t = begin; t < end; ++t) {
       const GateTile tile(all, t);
+      const NextGates next(GateTile(all, t + 1 < end ? t + 1 : t), gates, addend, 2 * lanes);
       const int64_t n = tile.size;
-      load_gates<Bytes>(all, tile, gates, addend, bias, peephole, d_before.at, gate, weight);
-      const T *c_prev = nullptr, *d_h = nullptr, *d_c = nullptr;
-      if (cell_prev != nullptr) c_prev = load_state<Bytes>(cell_prev + tile.state_at, n, buffer[0].at);
-      if (d_hidden != nullptr) d_h = load_state<Bytes>(d_hidden + tile.state_at, n, buffer[1].at);
-      if (d_cell != nullptr) d_c = load_state<Bytes>(d_cell + tile.state_at, n, buffer[2].at);
-      const GateTile next(all, t + 1 < end ? t + 1 : t);
-      peephole == nullptr ? differentiate<Bytes, false>(n, next, gate, weight, c_prev, d_h, d_c, forget.at, d_before.at)
-                          : differentiate<Bytes, true>(n, next, gate, weight, c_prev, d_h, d_c, forget.at, d_before.at);
+      const PreActivations<T> pre = load_gates<Bytes>(all, tile, gates, addend, bias, c.at, gate);
+      if (peephole != nullptr) load_peepholes(all, tile, peephole, weight);
+      const T *from_cell = nullptr, *from_d_hidden = nullptr, *from_d_cell = nullptr;
+      if (cell_prev != nullptr) from_cell = load_state<Bytes>(cell_prev + tile.state_at, n, before.at);
+      if (d_hidden != nullptr) from_d_hidden = load_state<Bytes>(d_hidden + tile.state_at, n, d_h.at);
+      if (d_cell != nullptr) from_d_cell = load_state<Bytes>(d_cell + tile.state_at, n, d_c.at);
+      FourGates<T> to_gates(gate);
+      const bool gates_in_place = whole_vectors<Bytes, T, G>(tile);
+      if constexpr (std::is_same_v<T, G>) {
+        if (gates_in_place) to_gates = FourGates<T>(tile, d_gates);
+      }
+      T* to_cell = d_before.at;
+      if (d_cell_prev != nullptr) to_cell = in_place<T>(d_cell_prev + tile.state_at, n % lanes == 0, d_before.at);
+      run_part_of_tile<Bytes, DifferentiatedTile, T>(
+          pre.to_be_added, peephole != nullptr, n, next, pre, weight, from_cell, from_d_hidden, from_d_cell, to_gates,
+          to_cell, forget.at, c.at);
       for (int64_t k = 0; k < kGates; ++k) {
         int64_t at = tile.gate_at + k * tile.length;
         for (int64_t r = 0; r < tile.rows; ++r, at += kGates * tile.length) {
-          const T* row = gate[k].at + r * tile.columns;
-          store_row<Bytes>(row, tile.columns, d_gates + at);
+          const T* row = to_gates.at[k] + r * tile.columns;
+          if (!gates_in_place) store_row<Bytes>(row, tile.columns, d_gates + at);
           if (d_sum != nullptr) add_row<Bytes>(row, tile.columns, d_sum + at);
         }
       }
-      if (d_cell_prev != nullptr) store_row<Bytes>(d_before.at, n, d_cell_prev + tile.state_at);
-    }
-  }
-
- private:
-  static constexpr int kBuffers = 3;  // c_prev, d_hidden, d_cell
-
-  // Replaces the pre-activations by their gradients, in two passes as the forward kernel.
-  template <int Bytes, bool Peephole>
-  FASTRIS_INLINE void differentiate(
-      int64_t n,
-      const GateTile& next,
-      GateBuffer<T>* gate,
-      const GateBuffer<T>* weight,
-      const T* before,
-      const T* d_after_hidden,
-      const T* d_after,
-      T* forget,
-      T* d_before_cell) const {
-    using Real = Vector<T, Bytes>;
-    constexpr int lanes = VectorOf<T, Bytes>::lanes;
-    const auto pre = [&](int64_t k, int64_t x) FASTRIS_INLINE_LAMBDA -> Real& { return vector_at<Bytes>(gate[k].at + x); };
-    const auto w = [&](int64_t k, int64_t x) FASTRIS_INLINE_LAMBDA -> Real { return vector_at<Bytes>(weight[k].at + x); };
-    for (int64_t x = 0; x < n; x += lanes) {  // the cell, f, and what i, f and g do to the cell
-      prefetch_gates<Bytes>(next, x, gates, addend);
-      Real c_prev{};
-      if (before != nullptr) c_prev = unaligned_at<Bytes>(before + x);
-      Real pre_i = pre(0, x), pre_f = pre(1, x);
-      if constexpr (Peephole) {
-        pre_i += w(0, x) * c_prev;
-        pre_f += w(1, x) * c_prev;
-      }
-      const Activated<T, Bytes> i = sigmoid<Bytes>(pre_i), f = sigmoid<Bytes>(pre_f);
-      const Activated<T, Bytes> g = hyperbolic_tangent<Bytes>(pre(3, x));
-      pre(0, x) = g.value * i.slope;
-      pre(1, x) = c_prev * f.slope;
-      pre(3, x) = i.value * g.slope;
-      vector_at<Bytes>(forget + x) = f.value;
-      vector_at<Bytes>(d_before_cell + x) = f.value * c_prev + i.value * g.value;
-    }
-    for (int64_t x = 0; x < n; x += lanes) {
-      const Real c = vector_at<Bytes>(d_before_cell + x);
-      Real pre_o = pre(2, x), d_h{}, d_c{};
-      if (d_after_hidden != nullptr) d_h = unaligned_at<Bytes>(d_after_hidden + x);
-      if (d_after != nullptr) d_c = unaligned_at<Bytes>(d_after + x);
-      if constexpr (Peephole) pre_o += w(2, x) * c;
-      const Activated<T, Bytes> o = sigmoid<Bytes>(pre_o), tanh_c = hyperbolic_tangent<Bytes>(c);
-      const Real d_o = d_h * tanh_c.value * o.slope;
-      d_c += d_h * o.value * tanh_c.slope;
-      if constexpr (Peephole) d_c += d_o * w(2, x);
-      const Real d_i = d_c * pre(0, x), d_f = d_c * pre(1, x);
-      Real d_before = d_c * vector_at<Bytes>(forget + x);
-      if constexpr (Peephole) d_before += d_i * w(0, x) + d_f * w(1, x);
-      pre(0, x) = d_i;
-      pre(1, x) = d_f;
-      pre(2, x) = d_o;
-      pre(3, x) *= d_c;
-      vector_at<Bytes>(d_before_cell + x) = d_before;
+      if (d_cell_prev != nullptr && to_cell == d_before.at) store_row<Bytes>(to_cell, n, d_cell_prev + tile.state_at);
     }
   }
 };
@@ -132,15 +181,15 @@ void lstm_gates_backward_out(
   checks.per_channel(bias, "bias", kGates, compute);
   checks.per_channel(peephole, "peephole", kPeepholes, compute);
   with_gate_types(operation, type, cell, addend, [&](auto types) {
-    using T = typename decltype(types)::Compute;
-    using G = typename decltype(types)::Gate;
-    using S = typename decltype(types)::Cell;
-    using A = typename decltype(types)::Addend;
-    const GatesBackwardKernel<T, G, S, A> kernel{
+    using Types = decltype(types);
+    using T = typename Types::Compute;
+    using G = typename Types::Gate;
+    using S = typename Types::Cell;
+    run_over_tiles(GatesBackwardKernel<Types>{
         all,
         static_cast<const G*>(gates.const_data_ptr()),
         data_or_null<S>(cell_prev),
-        data_or_null<A>(addend),
+        data_or_null<typename Types::Addend>(addend),
         data_or_null<T>(bias),
         data_or_null<T>(peephole),
         data_or_null<G>(d_hidden),
@@ -149,8 +198,7 @@ void lstm_gates_backward_out(
         mutable_data_or_null<S>(d_cell_prev),
         mutable_data_or_null<T>(d_sum),
         0,
-        0};
-    run_over_tiles(kernel);
+        0});
   });
 }
 

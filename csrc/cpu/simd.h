@@ -89,6 +89,25 @@ FASTRIS_INLINE Vector<float, Bytes> rectified(const Vector<float, Bytes>& x) {
   return at_least<Bytes>(x, 0.0f);
 }
 
+// The product as a number of its own. In a sum of two products the compiler may choose which one it fuses with the sum, and
+// differently in every function: this one it does not.
+template <typename Real>
+FASTRIS_INLINE Real rounded_product(const Real& x, const Real& y) {
+  Real z = x * y;
+#if defined(__x86_64__)
+  if constexpr (sizeof(Real) < 16) {
+    auto lane = z[0];  // the only one
+    asm("" : "+v"(lane));
+    z[0] = lane;
+  } else {
+    asm("" : "+v"(z));
+  }
+#elif defined(__aarch64__)
+  asm("" : "+w"(z));
+#endif
+  return z;
+}
+
 // Steps over n channels of fp32 by whole vectors, the last ending at n, where some come twice; by single ones if there are
 // too few. step(bytes, c) is given the width as a type.
 template <int Bytes, typename Step>
@@ -139,6 +158,18 @@ __attribute__((target("avx2,fma"))) void run_avx2(const Kernel& kernel) {
   kernel.template run<32>();
 }
 
+// Runs a part of a kernel as a function of its own, with the instruction set that the kernel is compiled for.
+template <int Bytes, typename Kernel>
+void run_part(const Kernel& part) {
+  if constexpr (Bytes == 64) {
+    run_avx512(part);
+  } else if constexpr (Bytes == 32) {
+    run_avx2(part);
+  } else {
+    part.template run<Bytes>();
+  }
+}
+
 template <typename Kernel>
 void run_simd(const Kernel& kernel) {
   switch (simd_level()) {
@@ -152,6 +183,11 @@ void run_simd(const Kernel& kernel) {
 }
 
 #else
+
+template <int Bytes, typename Kernel>
+void run_part(const Kernel& part) {
+  part.template run<Bytes>();
+}
 
 template <typename Kernel>
 void run_simd(const Kernel& kernel) {
