@@ -12,6 +12,7 @@
 #include "simd.h"
 
 #include <algorithm>
+#include <numeric>
 #include <type_traits>
 
 namespace fastris {
@@ -21,10 +22,8 @@ constexpr int64_t kPeepholes = 3;  // i, f, o
 
 // Elements of a tile: the dozen buffers of one stay in the first two levels of cache.
 constexpr int64_t kGateTile = 512;
-constexpr int64_t kShortRow = 64;
-constexpr int64_t kRowsTogether = 16;  // of short rows, so that a tile is whole vectors whatever their length
-constexpr int64_t kLongestTile = 1024;
-static_assert(kLongestTile >= kGateTile && kLongestTile >= kShortRow * kRowsTogether);
+constexpr int64_t kLongestTile = 1024;  // of rows that are whole vectors only together
+constexpr int64_t kMostLanes = 16;
 
 template <typename T>
 struct alignas(64) GateBuffer {
@@ -54,8 +53,11 @@ inline GateRows::GateRows(const Tensor& gates) {
   run = channels_last ? 1 : pixels;
   tile_length = std::max<int64_t>(1, std::min(length, kGateTile));
   tiles_of_row = (length + tile_length - 1) / tile_length;
-  tile_rows = tiles_of_row > 1 ? 1 : std::max<int64_t>(1, kGateTile / tile_length);
-  if (tile_length <= kShortRow) tile_rows = (tile_rows + kRowsTogether - 1) / kRowsTogether * kRowsTogether;
+  tile_rows = std::max<int64_t>(1, kGateTile / tile_length);
+  const int64_t together = kMostLanes / std::gcd(kMostLanes, tile_length);  // as many rows are whole vectors
+  if (tiles_of_row == 1 && together * tile_length <= kLongestTile) {
+    tile_rows = std::max(together, tile_rows / together * together);
+  }
 }
 
 // One tile: some columns of one row, or some whole rows.
