@@ -4,66 +4,44 @@
 namespace fastris {
 namespace {
 
+template <typename T>
+struct Updated {
+  T *hidden, *cell;
+};
+
 // The cell and the hidden state of a tile, in two passes of two vectors at once, so that a processor has something to do
 // while it waits.
 template <typename T, bool Sum, bool Peephole>
-struct UpdatedTile {
-  int64_t n;
-  NextGates next;
-  PreActivations<T> pre;
-  const GateBuffer<T>* weight;
-  const T* cell_prev;  // or nullptr: zeros
-  T *hidden, *cell;
+struct UpdateTile {
+  using Outputs = Updated<T>;
 
   template <int Bytes>
-  FASTRIS_INLINE void run() const {
-    update<Bytes>(*this);
-  }
-
- private:
-  // Of a copy, for all that the compiler knows what is stored may change this.
-  template <int Bytes>
-  FASTRIS_INLINE static void update(const UpdatedTile tile) {
+  FASTRIS_INLINE static void run(const TileInputs<T>& in, const Updated<T>& out) {
     using Real = Vector<T, Bytes>;
     constexpr int64_t lanes = VectorOf<T, Bytes>::lanes;
-    const auto pre = [&](int64_t k, int64_t x) FASTRIS_INLINE_LAMBDA -> Real {
-      return tile.pre.template at<Bytes, Sum>(k, x);
-    };
-    const auto w = [&](int64_t k, int64_t x) FASTRIS_INLINE_LAMBDA -> Real {
-      return vector_at<Bytes>(tile.weight[k].at + x);
-    };
-    by_two_vectors<lanes>(tile.n, [&](int64_t first, auto vectors) FASTRIS_INLINE_LAMBDA {
+    by_two_vectors<lanes>(in.n, [&](int64_t first, auto vectors) FASTRIS_INLINE_LAMBDA {
       Activations<T, Bytes, vectors.value, Curve::sigmoid, Curve::sigmoid, Curve::tangent> ifg;
       Real c_prev[vectors.value];
       for (int v = 0; v < vectors.value; ++v) {
-        const int64_t x = first + v * lanes;
-        c_prev[v] = tile.cell_prev == nullptr ? Real{} : unaligned_at<Bytes>(tile.cell_prev + x);
-        Real pre_i = pre(0, x), pre_f = pre(1, x);
-        if constexpr (Peephole) {
-          pre_i += w(0, x) * c_prev[v];
-          pre_f += w(1, x) * c_prev[v];
-        }
-        ifg.set(v, pre_i, pre_f, pre(3, x));
+        c_prev[v] = in.template set_ifg<Bytes, Sum, Peephole>(ifg, v, first + v * lanes);
       }
       ifg.find();
       for (int v = 0; v < vectors.value; ++v) {
-        unaligned_at<Bytes>(tile.cell + first + v * lanes) =
+        unaligned_at<Bytes>(out.cell + first + v * lanes) =
             c_prev[v] * ifg.template value<1>(v) + ifg.template product<0, 2>(v);
       }
     });
-    by_two_vectors<lanes>(tile.n, [&](int64_t first, auto vectors) FASTRIS_INLINE_LAMBDA {
-      if (vectors.value == 2) tile.next.prefetch(first);
+    by_two_vectors<lanes>(in.n, [&](int64_t first, auto vectors) FASTRIS_INLINE_LAMBDA {
+      if (vectors.value == 2) in.next.prefetch(first);
       Activations<T, Bytes, vectors.value, Curve::sigmoid, Curve::tangent> o_and_c;
       for (int v = 0; v < vectors.value; ++v) {
         const int64_t x = first + v * lanes;
-        const Real c = unaligned_at<Bytes>(tile.cell + x);
-        Real pre_o = pre(2, x);
-        if constexpr (Peephole) pre_o += w(2, x) * c;
-        o_and_c.set(v, pre_o, c);
+        const Real c = unaligned_at<Bytes>(out.cell + x);  // a reference would count on its alignment
+        in.template set_o_and_c<Bytes, Sum, Peephole>(o_and_c, v, x, c);
       }
       o_and_c.find();
       for (int v = 0; v < vectors.value; ++v) {
-        unaligned_at<Bytes>(tile.hidden + first + v * lanes) = o_and_c.template product<0, 1>(v);
+        unaligned_at<Bytes>(out.hidden + first + v * lanes) = o_and_c.template product<0, 1>(v);
       }
     });
   }
@@ -100,8 +78,8 @@ struct GatesKernel {
       const bool whole = tile.size % lanes == 0;
       T* to_hidden = in_place<T>(hidden + tile.state_at, whole, h.at);
       T* to_cell = in_place<T>(cell + tile.state_at, whole, c.at);
-      run_part_of_tile<Bytes, UpdatedTile, T>(
-          pre.to_be_added, peephole != nullptr, tile.size, next, pre, weight, previous, to_hidden, to_cell);
+      const TileInputs<T> in{tile.size, next, pre, weight, previous};
+      run_tile<Bytes, UpdateTile>(in, peephole != nullptr, Updated<T>{to_hidden, to_cell});
       if (to_hidden == h.at) store_row<Bytes>(h.at, tile.size, hidden + tile.state_at);
       if (to_cell == c.at) store_row<Bytes>(c.at, tile.size, cell + tile.state_at);
     }

@@ -242,22 +242,76 @@ FASTRIS_INLINE void load_peepholes(
   for (int64_t k = 0; k < kPeepholes; ++k) spread_over(all, tile, peephole + k * all.channels, weight[k].at);
 }
 
-// Runs the Part<T, whether addends are to be added, whether there are peepholes> that has these members.
-template <int Bytes, template <typename, bool, bool> class Part, typename T, typename... Members>
-void run_part_of_tile(bool sum, bool peephole, Members... members) {
-  if constexpr (std::is_same_v<T, float>) {
-    if (sum) return peephole ? run_part<Bytes>(Part<T, true, true>{members...})
-                             : run_part<Bytes>(Part<T, true, false>{members...});
-  }
-  peephole ? run_part<Bytes>(Part<T, false, true>{members...}) : run_part<Bytes>(Part<T, false, false>{members...});
-}
-
 // Steps over n elements by two vectors and, where there are no two, by one: step(x, how many, as a type).
 template <int64_t lanes, typename Step>
 FASTRIS_INLINE void by_two_vectors(int64_t n, const Step& step) {
   int64_t x = 0;
   for (; x + 2 * lanes <= n; x += 2 * lanes) step(x, std::integral_constant<int, 2>());
   for (; x < n; x += lanes) step(x, std::integral_constant<int, 1>());
+}
+
+// What the activations of a tile are of.
+template <typename T>
+struct TileInputs {
+  int64_t n;
+  NextGates next;
+  PreActivations<T> pre;
+  const GateBuffer<T>* weight;  // peepholes
+  const T* cell_prev;  // or nullptr: zeros
+
+  // Sets vector v of i, f and g to what they are of at x, and gives the cell before.
+  template <int Bytes, bool Sum, bool Peephole, typename Ifg>
+  FASTRIS_INLINE Vector<T, Bytes> set_ifg(Ifg& ifg, int v, int64_t x) const {
+    using Real = Vector<T, Bytes>;
+    const Real c_prev = cell_prev == nullptr ? Real{} : unaligned_at<Bytes>(cell_prev + x);
+    Real i = pre.template at<Bytes, Sum>(0, x), f = pre.template at<Bytes, Sum>(1, x);
+    if constexpr (Peephole) {
+      i += w<Bytes>(0, x) * c_prev;
+      f += w<Bytes>(1, x) * c_prev;
+    }
+    ifg.set(v, i, f, pre.template at<Bytes, Sum>(3, x));
+    return c_prev;
+  }
+
+  // Likewise of o and of the tangent of the cell.
+  template <int Bytes, bool Sum, bool Peephole, typename OAndC>
+  FASTRIS_INLINE void set_o_and_c(OAndC& o_and_c, int v, int64_t x, const Vector<T, Bytes>& c) const {
+    Vector<T, Bytes> o = pre.template at<Bytes, Sum>(2, x);
+    if constexpr (Peephole) o += w<Bytes>(2, x) * c;
+    o_and_c.set(v, o, c);
+  }
+
+  template <int Bytes>
+  FASTRIS_INLINE Vector<T, Bytes> w(int64_t k, int64_t x) const {
+    return vector_at<Bytes>(weight[k].at + x);
+  }
+};
+
+// A Part<T, whether addends are to be added, whether there are peepholes> of a kernel is run<Bytes>(inputs, outputs).
+// It runs as a function of its own, on copies: for all that a compiler knows what is stored may change what is not one.
+template <template <typename, bool, bool> class Part, typename T, bool Sum, bool Peephole>
+struct TileRun {
+  const TileInputs<T>& inputs;
+  const typename Part<T, Sum, Peephole>::Outputs& outputs;
+
+  template <int Bytes>
+  FASTRIS_INLINE void run() const {
+    const TileInputs<T> in = inputs;
+    const typename Part<T, Sum, Peephole>::Outputs out = outputs;
+    Part<T, Sum, Peephole>::template run<Bytes>(in, out);
+  }
+};
+
+template <int Bytes, template <typename, bool, bool> class Part, typename T, typename Outputs>
+void run_tile(const TileInputs<T>& in, bool peephole, const Outputs& out) {
+  if constexpr (std::is_same_v<T, float>) {
+    if (in.pre.to_be_added) {
+      return peephole ? run_part<Bytes>(TileRun<Part, T, true, true>{in, out})
+                      : run_part<Bytes>(TileRun<Part, T, true, false>{in, out});
+    }
+  }
+  peephole ? run_part<Bytes>(TileRun<Part, T, false, true>{in, out})
+           : run_part<Bytes>(TileRun<Part, T, false, false>{in, out});
 }
 
 // Where a tile of the state is: in place where it is whole vectors of the type computed with, in a buffer otherwise.

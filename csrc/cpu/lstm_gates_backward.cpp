@@ -4,50 +4,31 @@
 namespace fastris {
 namespace {
 
-// The gradients of a tile's pre-activations and of the cell before, in two passes as in lstm_gates.
-template <typename T, bool Sum, bool Peephole>
-struct DifferentiatedTile {
-  int64_t n;
-  NextGates next;
-  PreActivations<T> pre;
-  const GateBuffer<T>* weight;
-  const T *cell_prev, *d_hidden, *d_cell;  // or nullptr: zeros
+template <typename T>
+struct Differentiated {
+  const T *d_hidden, *d_cell;  // or nullptr: zeros
   FourGates<T> d_gates;  // may be the pre-activations
   T* d_cell_prev;  // may be d_cell
   T *forget, *cell;  // buffers
+};
+
+// The gradients of a tile's pre-activations and of the cell before, in two passes as in lstm_gates.
+template <typename T, bool Sum, bool Peephole>
+struct DifferentiateTile {
+  using Outputs = Differentiated<T>;
 
   template <int Bytes>
-  FASTRIS_INLINE void run() const {
-    differentiate<Bytes>(*this);
-  }
-
- private:
-  // Of a copy, for all that the compiler knows what is stored may change this.
-  template <int Bytes>
-  FASTRIS_INLINE static void differentiate(const DifferentiatedTile tile) {
+  FASTRIS_INLINE static void run(const TileInputs<T>& in, const Differentiated<T>& out) {
     using Real = Vector<T, Bytes>;
     constexpr int64_t lanes = VectorOf<T, Bytes>::lanes;
-    const auto pre = [&](int64_t k, int64_t x) FASTRIS_INLINE_LAMBDA -> Real {
-      return tile.pre.template at<Bytes, Sum>(k, x);
-    };
-    const auto w = [&](int64_t k, int64_t x) FASTRIS_INLINE_LAMBDA -> Real {
-      return vector_at<Bytes>(tile.weight[k].at + x);
-    };
     const auto d_gate = [&](int64_t k, int64_t x) FASTRIS_INLINE_LAMBDA -> auto& {
-      return unaligned_at<Bytes>(tile.d_gates.at[k] + x);
+      return unaligned_at<Bytes>(out.d_gates.at[k] + x);
     };
-    by_two_vectors<lanes>(tile.n, [&](int64_t first, auto vectors) FASTRIS_INLINE_LAMBDA {
+    by_two_vectors<lanes>(in.n, [&](int64_t first, auto vectors) FASTRIS_INLINE_LAMBDA {
       Activations<T, Bytes, vectors.value, Curve::sigmoid, Curve::sigmoid, Curve::tangent_with_slope> ifg;
       Real c_prev[vectors.value];
       for (int v = 0; v < vectors.value; ++v) {
-        const int64_t x = first + v * lanes;
-        c_prev[v] = tile.cell_prev == nullptr ? Real{} : unaligned_at<Bytes>(tile.cell_prev + x);
-        Real pre_i = pre(0, x), pre_f = pre(1, x);
-        if constexpr (Peephole) {
-          pre_i += w(0, x) * c_prev[v];
-          pre_f += w(1, x) * c_prev[v];
-        }
-        ifg.set(v, pre_i, pre_f, pre(3, x));
+        c_prev[v] = in.template set_ifg<Bytes, Sum, Peephole>(ifg, v, first + v * lanes);
       }
       ifg.find();
       for (int v = 0; v < vectors.value; ++v) {  // the cell, f, and what i, f and g do to the cell
@@ -57,19 +38,16 @@ struct DifferentiatedTile {
         d_gate(0, x) = g.value * i.slope;
         d_gate(1, x) = c_prev[v] * f.slope;
         d_gate(3, x) = i.value * g.slope;
-        vector_at<Bytes>(tile.forget + x) = f.value;
-        vector_at<Bytes>(tile.cell + x) = f.value * c_prev[v] + rounded_product(i.value, g.value);
+        vector_at<Bytes>(out.forget + x) = f.value;
+        vector_at<Bytes>(out.cell + x) = f.value * c_prev[v] + rounded_product(i.value, g.value);
       }
     });
-    by_two_vectors<lanes>(tile.n, [&](int64_t first, auto vectors) FASTRIS_INLINE_LAMBDA {
-      if (vectors.value == 2) tile.next.prefetch(first);
+    by_two_vectors<lanes>(in.n, [&](int64_t first, auto vectors) FASTRIS_INLINE_LAMBDA {
+      if (vectors.value == 2) in.next.prefetch(first);
       Activations<T, Bytes, vectors.value, Curve::sigmoid, Curve::tangent_with_slope> o_and_c;
       for (int v = 0; v < vectors.value; ++v) {
         const int64_t x = first + v * lanes;
-        const Real c = vector_at<Bytes>(tile.cell + x);
-        Real pre_o = pre(2, x);
-        if constexpr (Peephole) pre_o += w(2, x) * c;
-        o_and_c.set(v, pre_o, c);
+        in.template set_o_and_c<Bytes, Sum, Peephole>(o_and_c, v, x, vector_at<Bytes>(out.cell + x));
       }
       o_and_c.find();
       for (int v = 0; v < vectors.value; ++v) {
@@ -77,19 +55,21 @@ struct DifferentiatedTile {
         const Activated<T, Bytes> o = o_and_c.template value_and_slope<0>(v);
         const Activated<T, Bytes> tanh_c = o_and_c.template value_and_slope<1>(v);
         Real d_h{}, d_c{};
-        if (tile.d_hidden != nullptr) d_h = unaligned_at<Bytes>(tile.d_hidden + x);
-        if (tile.d_cell != nullptr) d_c = unaligned_at<Bytes>(tile.d_cell + x);
+        if (out.d_hidden != nullptr) d_h = unaligned_at<Bytes>(out.d_hidden + x);
+        if (out.d_cell != nullptr) d_c = unaligned_at<Bytes>(out.d_cell + x);
         const Real d_o = d_h * tanh_c.value * o.slope;
         d_c += d_h * o.value * tanh_c.slope;
-        if constexpr (Peephole) d_c += d_o * w(2, x);
+        if constexpr (Peephole) d_c += d_o * in.template w<Bytes>(2, x);
         const Real d_i = d_c * d_gate(0, x), d_f = d_c * d_gate(1, x);
-        Real d_before = d_c * vector_at<Bytes>(tile.forget + x);
-        if constexpr (Peephole) d_before += d_i * w(0, x) + rounded_product(d_f, w(1, x));
+        Real d_before = d_c * vector_at<Bytes>(out.forget + x);
+        if constexpr (Peephole) {
+          d_before += d_i * in.template w<Bytes>(0, x) + rounded_product(d_f, in.template w<Bytes>(1, x));
+        }
         d_gate(0, x) = d_i;
         d_gate(1, x) = d_f;
         d_gate(2, x) = d_o;
         d_gate(3, x) *= d_c;
-        unaligned_at<Bytes>(tile.d_cell_prev + x) = d_before;
+        unaligned_at<Bytes>(out.d_cell_prev + x) = d_before;
       }
     });
   }
@@ -136,9 +116,9 @@ struct GatesBackwardKernel {
       }
       T* to_cell = d_before.at;
       if (d_cell_prev != nullptr) to_cell = in_place<T>(d_cell_prev + tile.state_at, n % lanes == 0, d_before.at);
-      run_part_of_tile<Bytes, DifferentiatedTile, T>(
-          pre.to_be_added, peephole != nullptr, n, next, pre, weight, from_cell, from_d_hidden, from_d_cell, to_gates,
-          to_cell, forget.at, c.at);
+      const TileInputs<T> in{n, next, pre, weight, from_cell};
+      const Differentiated<T> out{from_d_hidden, from_d_cell, to_gates, to_cell, forget.at, c.at};
+      run_tile<Bytes, DifferentiateTile>(in, peephole != nullptr, out);
       for (int64_t k = 0; k < kGates; ++k) {
         int64_t at = tile.gate_at + k * tile.length;
         for (int64_t r = 0; r < tile.rows; ++r, at += kGates * tile.length) {
