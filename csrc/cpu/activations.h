@@ -12,7 +12,8 @@ constexpr float kMost = 112 * 0.69314718f;  // where what is made of the exponen
 constexpr float kMostOfTangent = 28 * 0.69314718f;  // twice what tanh is 1 from in fp32
 
 // Exponentials of x within ±kMost, as e^x = power · (even + odd) / (even − odd): x·log₂e is rounded to an integer n, power
-// is 2ⁿ, odd is what is left of x, and even = 2 + excess is odd · coth(odd / 2), a polynomial in its square right to 2⁻³⁰.
+// is 2ⁿ, odd is what is left of x, and even = 2 + excess is odd · coth(odd / 2), of whose square excess is a polynomial, by
+// which e^x is right to 2⁻³⁰.
 //
 // Several at once, one step of all before the next, so that a processor has something to do while it waits for each.
 template <int Bytes, int Count>
@@ -36,10 +37,10 @@ struct Exponentials {
   }
 
  private:
-  // x − n · ln 2, and −0 for −0
+  // x − n · ln 2, and −0 for −0, rounded once: in one instruction, or with ln 2 in two parts whose products are exact.
   FASTRIS_INLINE static Real rest(const Real& x, const Real& n) {
-    if constexpr (Bytes > 16) return x - n * 0.69314718f;  // one instruction, which rounds once
-    return (x - n * 0.693145752f) - n * 1.42860677e-6f;  // ln 2 in two parts, the product with the first exact
+    if constexpr (Bytes > 16) return x - n * 0.69314718f;
+    return (x - n * 0.693145752f) - n * 1.430511474609375e-6f;
   }
 };
 
@@ -83,7 +84,7 @@ class Activations<float, Bytes, Vectors, curves...> {
     return numerator<k>(v) / denominator<k>(v);
   }
 
-  // σ · tanh with one division, as exact as with two where one of them is 1; 0 where the sigmoid is below e^−67.
+  // σ · tanh with one division, as exact as with two where one of them is 1. It may be 0 where the sigmoid is below e^−67.
   template <int j, int k>
   FASTRIS_INLINE Real product(int v) const {
     static_assert(kCurve[j] == Curve::sigmoid && kCurve[k] == Curve::tangent);
@@ -113,7 +114,7 @@ class Activations<float, Bytes, Vectors, curves...> {
   }
 
   // One, the exponential, and what the curves are made of, all times even − odd. What tanh is made of is so put together
-  // that it has all digits near 0, also the sign, and that the numerator is never the larger one.
+  // that it has all digits near 0, also the sign, and is no larger in the numerator than in the denominator.
   template <int k>
   FASTRIS_INLINE Real one(int v) const {
     return (2.0f + e.excess[v * kCurves + k]) - e.odd[v * kCurves + k];

@@ -95,15 +95,19 @@ template <typename Real>
 FASTRIS_INLINE Real rounded_product(const Real& x, const Real& y) {
   Real z = x * y;
 #if defined(__x86_64__)
+#define FASTRIS_IN_VECTOR "+v"
+#elif defined(__aarch64__)
+#define FASTRIS_IN_VECTOR "+w"
+#endif
+#if defined(FASTRIS_IN_VECTOR)
   if constexpr (sizeof(Real) < 16) {
     auto lane = z[0];  // the only one
-    asm("" : "+v"(lane));
+    asm("" : FASTRIS_IN_VECTOR(lane));
     z[0] = lane;
   } else {
-    asm("" : "+v"(z));
+    asm("" : FASTRIS_IN_VECTOR(z));
   }
-#elif defined(__aarch64__)
-  asm("" : "+w"(z));
+#undef FASTRIS_IN_VECTOR
 #endif
   return z;
 }

@@ -115,6 +115,16 @@ def test_the_bits_do_not_depend_on_the_threads(by_threads: Any) -> None:
     assert all(torch.equal(one, other) for one, other in zip(*runs, strict=True))
 
 
+@native
+def test_a_pixel_does_not_depend_on_the_width_of_its_image() -> None:
+    """Rows of fewer pixels than a vector take the same arithmetic one by one."""
+    logits = 8 * torch.randn(2, 1, 64, 16)
+    whole = image_masks(logits, 2, 0, (128, 32))
+    for width in range(2, 32):  # the last pixels of these maps have no cell to their right
+        narrow = image_masks(logits[..., : width // 2 + 1], 2, 0, (128, width))
+        assert torch.equal(narrow, whole[..., :width]), width
+
+
 def test_other_dtypes_autocast_and_the_reference_back_end_take_the_reference() -> None:
     given = arguments(SHAPES[1])
     wide = cast(given, torch.float64)

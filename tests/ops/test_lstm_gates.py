@@ -213,7 +213,8 @@ def test_relative_error_of_the_activations_over_all_scales() -> None:
         assert our_errors.square().mean().sqrt() <= 2 * their_errors.square().mean().sqrt()
     near = values.abs() < 0.625
     small = ours[near].double(), exact[1][near]
-    assert ((small[0] - small[1]).abs() <= 1.5 * eps * small[1].abs()).all()  # three roundings, where tanh x is about x
+    roundings = 4 if torch.backends.cpu.get_cpu_capability() == "DEFAULT" else 3  # a product and a sum are one, or not
+    assert ((small[0] - small[1]).abs() <= roundings / 2 * eps * small[1].abs()).all()  # where tanh x is about x
 
 
 @NEEDS_EXTENSION
